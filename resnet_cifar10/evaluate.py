@@ -1,0 +1,121 @@
+"""Logits of a whole split, then every metric as a short function of (logits, labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import data
+from .storage import load_model
+
+ECE_BINS = 15  # Guo et al. 2017, section 2
+REFUSED_MEMBERS = 0.05  # share of validation images that the rejection threshold gives up
+
+
+@torch.inference_mode()
+def predict(model: Callable[[Tensor], Tensor], images: Tensor, mean: list[float], std: list[float], batch_size: int = 500) -> Tensor:
+    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; the model is in eval mode."""
+    logits = []
+    for batch in images.split(batch_size):
+        x = data.normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
+        missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
+        logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())
+    return torch.cat(logits)
+
+
+def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
+    """Percent of images whose label is among the `top` highest logits."""
+    return 100 * float((logits.topk(top).indices == labels[:, None]).any(1).double().mean())
+
+
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Count int64 [classes, classes]: rows are true classes, columns predicted ones."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean of -log p(label), in nats."""
+    return float(F.cross_entropy(logits.double(), labels))
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
+    """Expected calibration error in percent: mean gap of confidence and accuracy over equal bins (Guo et al. 2017, eq. 3)."""
+    confidence, predicted = logits.double().softmax(1).max(1)
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence - (predicted == labels).double())
+    return 100 * float(gap.abs().sum() / len(labels))
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Find the T that minimises the negative log-likelihood of logits / T (Guo et al. 2017, section 4.2)."""
+    low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third search keeps it
+    for _ in range(60):
+        a, b = low + (high - low) / 3, high - (high - low) / 3
+        if negative_log_likelihood(logits / 2.718281828459045**a, labels) < negative_log_likelihood(
+            logits / 2.718281828459045**b, labels
+        ):
+            high = b
+        else:
+            low = a
+    return float(2.718281828459045 ** ((low + high) / 2))
+
+
+def rejection_threshold(logits: Tensor, temperature: float) -> float:
+    """The calibrated top probability that all but REFUSED_MEMBERS of these images reach."""
+    return float((logits / temperature).double().softmax(1).max(1).values.quantile(REFUSED_MEMBERS))
+
+
+def wilson_interval(percent: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share of n images, in percent (Wilson 1927)."""
+    p = percent / 100
+    centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return 100 * (centre - spread) / (1 + z**2 / n), 100 * (centre + spread) / (1 + z**2 / n)
+
+
+def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperature: float) -> dict[str, Any]:
+    """Compute every metric of a split; accuracies are in percent, unrounded."""
+    counts = confusion(logits, labels)
+    hits = counts.diagonal().double()
+    recall, precision = hits / counts.sum(1).clamp(1), hits / counts.sum(0).clamp(1)
+    percent = accuracy(logits, labels)
+    return {
+        "accuracy": percent,
+        "n": len(labels),
+        "interval_95": wilson_interval(percent, len(labels)),
+        "top2_accuracy": accuracy(logits, labels, top=2),
+        "negative_log_likelihood": negative_log_likelihood(logits, labels),
+        "calibration_error": calibration_error(logits, labels),
+        "temperature": temperature,
+        "negative_log_likelihood_scaled": negative_log_likelihood(logits / temperature, labels),
+        "calibration_error_scaled": calibration_error(logits / temperature, labels),
+        "per_class": {
+            name: {"precision": 100 * float(precision[i]), "recall": 100 * float(recall[i]), "n": int(counts[i].sum())}
+            for i, name in enumerate(classes)
+        },
+        "confusion": counts.tolist(),
+    }
+
+
+def evaluate_model(model: str | Path, path: str | Path, device: str = "cpu") -> dict[str, Any]:
+    """Evaluate a model folder on the test split of a data set, with the model's own mean, std and temperature.
+
+    Raises:
+        ValueError: If model or data cannot be read, there is no test split, or their class names differ.
+
+    """
+    network, config = load_model(model)
+    test = data.load(path, "test")
+    if test is None:
+        raise ValueError(f"{path}: has no test split")
+    if list(test.classes) != config["classes"]:
+        raise ValueError(f"{path}: its classes ({', '.join(test.classes)}) are not the model's ({', '.join(config['classes'])})")
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits = predict(network, test.images.to(device), config["mean"], config["std"]).cpu()
+    metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
+    return metrics | {"framework": "pytorch", "model": str(model), "data": test.source, "data_sha256": test.sha256}

@@ -1,0 +1,156 @@
+"""The residual network for small images (He et al. 2015, arXiv:1512.03385, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+T = TypeVar("T")
+WIDTHS = (16, 32, 64)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
+MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
+GROUPS = 8  # of group normalisation (Wu & He 2018)
+
+
+class IdentityShortcut(nn.Module):
+    """The shortcut without parameters: every stride-th pixel, new channels zero (He et al. 2015, option A)."""
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels, self.stride = new_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to [N, C + new_channels, H / stride, W / stride]."""
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and the shortcut around them; normalise and activate after each convolution."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: Callable[[int], nn.Module],
+                 activation: nn.Module, shortcut: bool, conv_bias: bool) -> None:  # fmt: skip
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=conv_bias)
+        self.norm1 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
+        self.norm2 = norm(c_out)
+        self.activation = activation
+        self.shortcut = IdentityShortcut(c_out - c_in, stride) if shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        out = self.activation(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return self.activation(out)  # type: ignore[no-any-return]
+
+
+class PreActivationBlock(nn.Module):
+    """The block of He et al. 2016 (arXiv:1603.05027): normalise and activate before each convolution."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: Callable[[int], nn.Module], activation: nn.Module,
+                 shortcut: bool, conv_bias: bool, activate_before_shortcut: bool) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=conv_bias)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
+        self.activation = activation
+        self.shortcut = IdentityShortcut(c_out - c_in, stride) if shortcut else None
+        self.activate_before_shortcut = activate_before_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
+        activated = self.activation(self.norm1(x))
+        out = self.conv1(activated)
+        out = self.conv2(self.activation(self.norm2(out)))
+        if self.shortcut is not None:
+            out = out + self.shortcut(activated if self.activate_before_shortcut else x)
+        return out  # type: ignore[no-any-return]
+
+
+class ResNet(nn.Module):
+    """ResNet of depth 6n + 2: one convolution, three stages of n blocks, average pooling, one linear layer."""
+
+    def __init__(self, depth: int, classes: int = 10, block: str = "post", shortcut: bool = True, activation: str = "relu",
+                 leaky_slope: float = 0.1, normalization: str = "batch", weight_init: str = "he_normal") -> None:  # fmt: skip
+        """Build and initialise the network; every argument takes the values that settings.Setting allows.
+
+        Raises:
+            ValueError: If depth is not 6n + 2 with n >= 1, or an option is unknown.
+
+        """
+        super().__init__()
+        n, rest = divmod(depth - 2, 6)
+        if rest or not 8 <= depth <= MAX_DEPTH:
+            raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")
+        norm = _choose("normalization", normalization, {
+            "batch": nn.BatchNorm2d,
+            "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
+            "group": lambda channels: nn.GroupNorm(GROUPS, channels),
+            "none": lambda channels: nn.Identity(),
+        })  # fmt: skip
+        act = _choose("activation", activation, {
+            "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(leaky_slope), "gelu": nn.GELU(), "silu": nn.SiLU(),
+        })  # fmt: skip
+        pre = _choose("block", block, {"post": False, "pre": True})
+        conv_bias = normalization == "none"  # a normalisation's own shift makes the bias of a convolution useless
+
+        self.conv = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=conv_bias)
+        self.norm = nn.Identity() if pre else norm(WIDTHS[0])
+        blocks: list[nn.Module] = []
+        c_in = WIDTHS[0]
+        for stage, c_out in enumerate(WIDTHS):
+            for unit in range(n):
+                stride = 2 if stage > 0 and unit == 0 else 1
+                arguments = (c_in, c_out, stride, norm, act, shortcut, conv_bias)
+                blocks.append(PreActivationBlock(*arguments, not blocks) if pre else Block(*arguments))
+                c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.final_norm = norm(c_in) if pre else nn.Identity()
+        self.activation = act
+        self.pre = pre
+        self.linear = nn.Linear(c_in, classes)
+        self._initialise(weight_init, leaky_slope if activation == "leaky_relu" else 0.0)
+
+    def _initialise(self, weight_init: str, slope: float) -> None:
+        init = _choose("weight_init", weight_init, {
+            # variance 2 / fan_in keeps the size of activations through ReLU (He et al. 2015, arXiv:1502.01852, eq. 10)
+            "he_normal": lambda w: nn.init.kaiming_normal_(w, a=slope, nonlinearity="leaky_relu"),
+            "xavier_normal": nn.init.xavier_normal_,  # variance 2 / (fan_in + fan_out), Glorot & Bengio 2010
+            "pytorch": None,
+        })  # fmt: skip
+        if init is None:
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                init(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map normalised images [N, 3, 32, 32] to the last feature maps [N, 64, 8, 8]."""
+        x = self.norm(self.conv(x))
+        x = self.blocks(x if self.pre else self.activation(x))
+        return self.activation(self.final_norm(x)) if self.pre else x  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images [N, 3, 32, 32] to logits [N, classes]."""
+        return self.linear(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def _choose(option: str, value: str, table: dict[str, T]) -> T:
+    if value not in table:
+        raise ValueError(f"{option}: found {value!r}; allowed: {', '.join(table)}")
+    return table[value]
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Count the trainable numbers of a network."""
+    return sum(parameter.numel() for parameter in model.parameters())

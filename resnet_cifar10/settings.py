@@ -1,0 +1,183 @@
+"""One row of the experiment table: what is trained and how. TOML in, checked rows out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+AUGMENTATIONS = ("crop", "flip", "cutout", "mixup")
+MAX_FILE_BYTES = 1_000_000
+
+
+class Setting(BaseModel):
+    """One frozen row of the table. The default values are those of He et al. 2015, section 4.2."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=80)
+    model: str = "resnet32"  # resnet<depth>, depth = 6n + 2
+    block: Literal["post", "pre"] = "post"  # pre: normalise and activate before each convolution (He et al. 2016)
+    shortcut: Literal["identity", "none"] = "identity"  # none: the plain network of He et al. 2015, figure 6
+    batch_size: int = Field(128, ge=2, le=65_536)
+    activation: Literal["relu", "leaky_relu", "gelu", "silu"] = "relu"
+    leaky_slope: float = Field(0.1, ge=0, lt=1)
+    weight_init: Literal["he_normal", "xavier_normal", "pytorch"] = "he_normal"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)  # for Adam and AdamW: beta 1
+    nesterov: bool = False
+    lr: float = Field(0.1, gt=0, le=100)
+    epochs: int = Field(200, ge=1, le=100_000)
+    normalization: Literal["batch", "layer", "group", "none"] = "batch"
+    weight_decay: float = Field(1e-4, ge=0, le=1)
+    augmentation: str = "crop_flip"  # "none", or parts of AUGMENTATIONS joined by "_"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    lr_decay: Literal["none", "step", "cosine", "linear"] = "none"
+    lr_milestones: list[float] = [0.5, 0.75]  # "step": where lr is multiplied by lr_factor, as fractions of the run
+    lr_factor: float = Field(0.1, gt=0, lt=1)
+    warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
+    patience: int | None = Field(None, ge=1)  # epochs without a better validation accuracy; None: never stop early
+    validation_size: int = Field(5_000, ge=0)  # training images held out, stratified
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor computes in it
+    compile: bool = True  # torch.compile: pays off from a few hundred steps
+    seeds: list[int] = Field([0], min_length=1)
+
+    @field_validator("model")
+    @classmethod
+    def _depth_is_6n_plus_2(cls, model: str) -> str:
+        match = re.fullmatch(r"resnet([1-9]\d{0,3})", model)
+        if not match or not 8 <= int(match[1]) <= 1202 or (int(match[1]) - 2) % 6:
+            raise ValueError("allowed: 'resnet' and a depth of 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, ...)")
+        return model
+
+    @field_validator("augmentation")
+    @classmethod
+    def _known_augmentation(cls, augmentation: str) -> str:
+        parts = augmentation.split("_")
+        if augmentation != "none" and (set(parts) - set(AUGMENTATIONS) or len(set(parts)) < len(parts)):
+            raise ValueError(f"allowed: 'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)")
+        return augmentation
+
+    @field_validator("lr_milestones")
+    @classmethod
+    def _milestones_rise(cls, milestones: list[float]) -> list[float]:
+        if any(not 0 < m < 1 for m in milestones) or sorted(set(milestones)) != milestones:
+            raise ValueError("allowed: rising fractions of the run between 0 and 1, such as [0.5, 0.75]")
+        return milestones
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or any(not 0 <= seed < 2**32 for seed in seeds):
+            raise ValueError("allowed: different whole numbers from 0 to 4294967295")
+        return seeds
+
+    @field_validator("name")
+    @classmethod
+    def _name_gives_a_slug(cls, name: str) -> str:
+        if not slug(name) or not name.isprintable():
+            raise ValueError("allowed: a printable name with at least one of a-z, 0-9 (it names the run's folder)")
+        return name
+
+    @model_validator(mode="after")
+    def _keys_fit_together(self) -> Self:
+        if self.patience is not None and self.validation_size == 0:
+            raise ValueError("key 'patience': early stopping needs validation images, but validation_size is 0")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("key 'nesterov': needs optimizer 'sgd' with a momentum above 0")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """The number of weighted layers, 6n + 2."""
+        return int(self.model.removeprefix("resnet"))
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder: 'Setting #2' becomes 'setting-2'."""
+        return slug(self.name)
+
+
+def slug(name: str) -> str:
+    """Reduce a name to a-z, 0-9 and single '-'."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> list[Setting]:
+    """Read the rows of a settings table.
+
+    Args:
+        path: A TOML file with an optional table [defaults] and one [[setting]] for each row.
+        only: Names (or slugs) of the rows to keep; empty: all.
+        overrides: Keys that replace what every row says; None leaves the row's own value.
+
+    Raises:
+        ValueError: With one line that names the file, the row, the key, what was found and what is allowed.
+
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES:,} bytes")
+        table = tomllib.loads(content.decode())
+    except OSError as error:
+        raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a TOML settings file: {_one_line(error)}") from None
+
+    for key in table:
+        if key not in ("defaults", "setting"):
+            raise ValueError(f"{path}: unknown table '{_one_line(key)}'; allowed: [defaults] and [[setting]]")
+    defaults, rows = table.get("defaults", {}), table.get("setting", [])
+    if not isinstance(defaults, dict):
+        raise ValueError(f"{path}: 'defaults' must be a table: [defaults]")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: no setting found; write at least one table [[setting]] with a name")
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    settings = [_parse(path, number, defaults | row | given) for number, row in enumerate(rows, 1)]
+    seen: dict[str, str] = {}
+    for setting in settings:
+        if setting.slug in seen:
+            raise ValueError(f"{path}: key 'name': '{setting.name}' and '{seen[setting.slug]}' give the same run folder "
+                             f"'{setting.slug}'; names must differ in their letters and digits")  # fmt: skip
+        seen[setting.slug] = setting.name
+    for name in only:
+        if slug(name) not in seen:
+            raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(seen.values())}")
+    wanted = {slug(name) for name in only}
+    return [setting for setting in settings if not wanted or setting.slug in wanted]
+
+
+def _parse(path: Path, number: int, row: dict[str, Any]) -> Setting:
+    where = f"{path}: setting {row['name']!r}" if isinstance(row.get("name"), str) else f"{path}: setting number {number}"
+    try:
+        return Setting.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        found = _one_line(repr(first["input"]))
+        match first["type"]:
+            case "extra_forbidden":
+                near = difflib.get_close_matches(key, Setting.model_fields, n=1, cutoff=0)[0]
+                message = f"unknown key '{_one_line(key)}'; did you mean '{near}'?"
+            case "missing":
+                message = f"key '{key}' is missing"
+            case "value_error" if not key:  # our own sentence about several keys
+                message = str(first["ctx"]["error"])
+            case "value_error":
+                message = f"key '{key}': found {found}; {first['ctx']['error']}"
+            case _:
+                message = f"key '{key}': found {found}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{_one_line(where)}: {message}") from None
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 160 else line[:157] + "..."
