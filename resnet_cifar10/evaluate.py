@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import data
+from .data import Split, normalise
 from .storage import load_model
 
 ECE_BINS = 15  # Guo et al. 2017, section 2
@@ -18,11 +19,12 @@ REFUSED_MEMBERS = 0.05  # share of validation images that the rejection threshol
 
 
 @torch.inference_mode()
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, mean: list[float], std: list[float], batch_size: int = 500) -> Tensor:
-    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; the model is in eval mode."""
+def predict(model: Callable[[Tensor], Tensor], images: Tensor, mean: list[float], std: list[float],
+            batch_size: int = 500) -> Tensor:  # fmt: skip
+    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device."""
     logits = []
-    for batch in images.split(batch_size):
-        x = data.normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
+    for batch in torch.split(images, batch_size):
+        x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
         logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())
     return torch.cat(logits)
@@ -54,16 +56,12 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> f
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Find the T that minimises the negative log-likelihood of logits / T (Guo et al. 2017, section 4.2)."""
-    low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third search keeps it
+    low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third that is dropped is the wrong one
     for _ in range(60):
         a, b = low + (high - low) / 3, high - (high - low) / 3
-        if negative_log_likelihood(logits / 2.718281828459045**a, labels) < negative_log_likelihood(
-            logits / 2.718281828459045**b, labels
-        ):
-            high = b
-        else:
-            low = a
-    return float(2.718281828459045 ** ((low + high) / 2))
+        left, right = (negative_log_likelihood(logits / math.exp(t), labels) for t in (a, b))
+        low, high = (low, b) if left < right else (a, high)
+    return math.exp((low + high) / 2)
 
 
 def rejection_threshold(logits: Tensor, temperature: float) -> float:
@@ -102,19 +100,17 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
     }
 
 
-def evaluate_model(model: str | Path, path: str | Path, device: str = "cpu") -> dict[str, Any]:
-    """Evaluate a model folder on the test split of a data set, with the model's own mean, std and temperature.
+def evaluate_model(model: str | Path, test: Split, device: str = "cpu") -> dict[str, Any]:
+    """Evaluate a model folder on a test split, with the model's own mean, std and temperature.
 
     Raises:
-        ValueError: If model or data cannot be read, there is no test split, or their class names differ.
+        ValueError: If the model cannot be read, or its class names are not those of the data.
 
     """
     network, config = load_model(model)
-    test = data.load(path, "test")
-    if test is None:
-        raise ValueError(f"{path}: has no test split")
     if list(test.classes) != config["classes"]:
-        raise ValueError(f"{path}: its classes ({', '.join(test.classes)}) are not the model's ({', '.join(config['classes'])})")
+        ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
+        raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits = predict(network, test.images.to(device), config["mean"], config["std"]).cpu()
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])

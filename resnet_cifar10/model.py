@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-T = TypeVar("T")
 WIDTHS = (16, 32, 64)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
 MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
 GROUPS = 8  # of group normalisation (Wu & He 2018)
@@ -138,14 +136,14 @@ class ResNet(nn.Module):
         """Map normalised images [N, 3, 32, 32] to the last feature maps [N, 64, 8, 8]."""
         x = self.norm(self.conv(x))
         x = self.blocks(x if self.pre else self.activation(x))
-        return self.activation(self.final_norm(x)) if self.pre else x  # type: ignore[no-any-return]
+        return self.activation(self.final_norm(x)) if self.pre else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images [N, 3, 32, 32] to logits [N, classes]."""
         return self.linear(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
-def _choose(option: str, value: str, table: dict[str, T]) -> T:
+def _choose(option: str, value: str, table: dict[str, Any]) -> Any:
     if value not in table:
         raise ValueError(f"{option}: found {value!r}; allowed: {', '.join(table)}")
     return table[value]

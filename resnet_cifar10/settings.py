@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 AUGMENTATIONS = ("crop", "flip", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
@@ -47,49 +47,26 @@ class Setting(BaseModel):
     compile: bool = True  # torch.compile: pays off from a few hundred steps
     seeds: list[int] = Field([0], min_length=1)
 
-    @field_validator("model")
-    @classmethod
-    def _depth_is_6n_plus_2(cls, model: str) -> str:
-        match = re.fullmatch(r"resnet([1-9]\d{0,3})", model)
-        if not match or not 8 <= int(match[1]) <= 1202 or (int(match[1]) - 2) % 6:
-            raise ValueError("allowed: 'resnet' and a depth of 6n+2 (resnet8, resnet14, resnet20, resnet26, resnet32, ...)")
-        return model
-
-    @field_validator("augmentation")
-    @classmethod
-    def _known_augmentation(cls, augmentation: str) -> str:
-        parts = augmentation.split("_")
-        if augmentation != "none" and (set(parts) - set(AUGMENTATIONS) or len(set(parts)) < len(parts)):
-            raise ValueError(f"allowed: 'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)")
-        return augmentation
-
-    @field_validator("lr_milestones")
-    @classmethod
-    def _milestones_rise(cls, milestones: list[float]) -> list[float]:
-        if any(not 0 < m < 1 for m in milestones) or sorted(set(milestones)) != milestones:
-            raise ValueError("allowed: rising fractions of the run between 0 and 1, such as [0.5, 0.75]")
-        return milestones
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds) or any(not 0 <= seed < 2**32 for seed in seeds):
-            raise ValueError("allowed: different whole numbers from 0 to 4294967295")
-        return seeds
-
-    @field_validator("name")
-    @classmethod
-    def _name_gives_a_slug(cls, name: str) -> str:
-        if not slug(name) or not name.isprintable():
-            raise ValueError("allowed: a printable name with at least one of a-z, 0-9 (it names the run's folder)")
-        return name
-
     @model_validator(mode="after")
-    def _keys_fit_together(self) -> Self:
-        if self.patience is not None and self.validation_size == 0:
-            raise ValueError("key 'patience': early stopping needs validation images, but validation_size is 0")
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ValueError("key 'nesterov': needs optimizer 'sgd' with a momentum above 0")
+    def _values_fit(self) -> Self:
+        parts = self.augmentation.split("_")
+        known = self.augmentation == "none" or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts))
+        milestones_rise = sorted(set(self.lr_milestones)) == self.lr_milestones
+        seeds_differ = len(set(self.seeds)) == len(self.seeds)
+        checks = (
+            ("name", self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
+            ("model", re.fullmatch(r"resnet[1-9]\d{0,3}", self.model) and self.depth % 6 == 2 and 8 <= self.depth <= 1202,
+             "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
+            ("augmentation", known, f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)"),
+            ("lr_milestones", milestones_rise and all(0 < m < 1 for m in self.lr_milestones), "rising fractions of the run"),
+            ("seeds", seeds_differ and all(0 <= s < 2**32 for s in self.seeds), "different whole numbers from 0 to 4294967295"),
+            ("patience", self.patience is None or self.validation_size > 0, "a validation_size above 0 to go with it"),
+            ("nesterov", not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0),
+             "true only with optimizer 'sgd' and a momentum above 0"),
+        )  # fmt: skip
+        for key, right, allowed in checks:
+            if not right:
+                raise ValueError(f"key '{key}': found {getattr(self, key)!r}; allowed: {allowed}")
         return self
 
     @property
@@ -169,10 +146,8 @@ def _parse(path: Path, number: int, row: dict[str, Any]) -> Setting:
                 message = f"unknown key '{_one_line(key)}'; did you mean '{near}'?"
             case "missing":
                 message = f"key '{key}' is missing"
-            case "value_error" if not key:  # our own sentence about several keys
-                message = str(first["ctx"]["error"])
-            case "value_error":
-                message = f"key '{key}': found {found}; {first['ctx']['error']}"
+            case "value_error":  # our own sentence
+                message = _one_line(first["ctx"]["error"])
             case _:
                 message = f"key '{key}': found {found}; {first['msg'][0].lower()}{first['msg'][1:]}"
         raise ValueError(f"{_one_line(where)}: {message}") from None

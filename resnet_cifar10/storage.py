@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,27 +96,6 @@ def _sha256(tensors: Tensors, state: dict[str, Any]) -> str:
 
 
 # --- the run folder ---
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the operating system frees the lock of a process that died.
-
-    Raises:
-        ValueError: Naming the process that holds it.
-
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"{folder}: process {file.read().strip()} is working on this run") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def save_checkpoint(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:

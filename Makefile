@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all the set-up themselves; nothing outside this folder but pip's cache is written.
+PYTHON ?= python3
+BIN = .venv/bin
+PHOTOS = $(addprefix $$($(BIN)/python -c 'import skimage; print(skimage.data_dir)')/,chelsea.png coffee.png astronaut.png rocket.jpg)
+
+export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor
+export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
+
+.PHONY: demo test clean
+
+demo: .venv/ready  ## Train two small networks, write a report, classify real photographs
+	$(BIN)/resnet-cifar10 train settings/digits.toml --data digits --out runs/demo
+	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32 $(addprefix --photo ,$(PHOTOS))
+	$(BIN)/resnet-cifar10 infer $(PHOTOS) --figure reports/demo/photos.png
+	@echo "Open reports/demo/report.html in a browser; the photographs are in reports/demo/photos.png."
+
+test: .venv/ready  ## Style, types and behaviour; warnings are errors
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m resnet_cifar10`."""
+
+from .cli import main
+
+main()

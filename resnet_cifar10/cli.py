@@ -1,0 +1,198 @@
+"""The command line: sub-commands, exit statuses, no logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
+
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # the class above all wrong uses; typer exports only this child
+MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
+DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@app.command()
+def train(
+    settings: Annotated[Path, typer.Argument(help="A table of settings, such as settings/assignment.toml.")],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
+    setting: Annotated[list[str] | None, typer.Option(help="Only the setting of this name; can be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds instead of the file's; can be repeated.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs instead of the file's; schedules scale with them.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train what is not done yet; the same command again resumes and skips."""
+    from .settings import load_settings
+
+    rows = load_settings(settings, setting or [], epochs=epochs, seeds=seed)
+    _need("train")
+    from .study import study
+
+    study(rows, [], data, out, device)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[str, typer.Option(help=DATA_HELP)],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Evaluate a model on the test split of a data set."""
+    _need("train")
+    from .evaluate import evaluate_model
+    from .sources import load
+
+    test = load(data, "test")
+    if test is None:
+        raise ValueError(f"{data}: has no test split")
+    metrics = evaluate_model(model, test)
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    low, high = metrics["interval_95"]
+    print(f"{model} on {metrics['data']}, {metrics['n']:,} test images")
+    print(f"accuracy           {metrics['accuracy']:.2f} %  (95 % interval {low:.2f} to {high:.2f})")
+    print(f"top-2 accuracy     {metrics['top2_accuracy']:.2f} %")
+    scaled = f"at temperature {metrics['temperature']:.2f}"
+    for key, name in (("negative_log_likelihood", "log-loss (nats)"), ("calibration_error", "calibration error")):
+        print(f"{name:<18} {metrics[key]:.3f}, {scaled} {metrics[key + '_scaled']:.3f}")
+    print(f"{'class':<18} {'precision':>9} {'recall':>9} {'images':>7}")
+    for name, row in metrics["per_class"].items():
+        print(f"{name:<18} {row['precision']:>7.2f} % {row['recall']:>7.2f} % {row['n']:>7,}")
+
+
+@app.command()
+def infer(
+    photo: Annotated[list[str], typer.Argument(help="Photos, folders of photos, or '-' for standard input.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
+    figure: Annotated[Path | None, typer.Option(help="Write the photos and their labels as one picture (PNG).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Classify photos; needs no PyTorch."""
+    from .infer import Classifier
+    from .photo import read_photo, views
+
+    classifier = Classifier(model)
+    results, failed = [], False
+    for name in _photos(photo):
+        try:
+            image = read_photo(BytesIO(sys.stdin.buffer.read()) if name == "-" else Path(name))
+        except ValueError as error:  # the other photos still count
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            continue
+        prediction = classifier.classify(views(image))
+        results.append((name, image, prediction))
+        if not as_json:
+            print(f"{name}: {prediction}")
+    if as_json:
+        print(json.dumps([{"file": name, **asdict(prediction)} for name, _, prediction in results]))
+    if figure and results:
+        from .figure import figure as draw
+
+        try:
+            draw([(Path(name).name, image, prediction) for name, image, prediction in results]).save(figure, "PNG")
+        except OSError as error:
+            raise ValueError(f"{figure}: cannot be written: {error.strerror}") from None
+    if failed:
+        raise typer.Exit(2)
+
+
+def _photos(arguments: list[str]) -> list[str]:
+    names: list[str] = []
+    for argument in arguments:
+        path = Path(argument)
+        if not path.is_dir():
+            names.append(argument)
+        elif inside := sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES):
+            names += inside
+        else:
+            raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
+    return names
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that 'train --out' wrote.")],
+    out: Annotated[Path, typer.Option(help="Where report.html, report.md and the plots go.")],
+    photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify in the report; can be repeated.")] = None,
+    photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
+    archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
+) -> None:
+    """Write the report of finished and unfinished runs."""
+    _need("train")
+    from .report import pack
+    from .report import report as write_report
+
+    print(f"report: {write_report(runs, out, photo or [], photo_model)}")
+    if archive:
+        pack(archive, out, Path(__file__).resolve().parent.parent)
+        print(f"packed: {archive}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    out: Annotated[Path, typer.Option(help="The ONNX file.")],
+) -> None:
+    """Write a model as one self-contained ONNX file."""
+    _need("train")
+    from .export import export as write_onnx
+
+    difference = write_onnx(model, out)
+    print(f"{out}: written; its probabilities differ from PyTorch's by at most {difference:.1e}")
+
+
+@app.command()
+def data(
+    folder: Annotated[Path, typer.Argument(help="Where cifar-10-python.tar.gz goes.")],
+    url: Annotated[str | None, typer.Option(help="An address of your own instead of the mirrors.")] = None,
+) -> None:
+    """Download CIFAR-10 (170 MB); goes on with a broken download."""
+    from .download import download
+
+    print(f"CIFAR-10: {download(folder, url)}")
+
+
+def _need(extra: str) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise ValueError(f"this command needs PyTorch: pip install 'resnet-cifar10[{extra}]'") from None
+
+
+def _fail(message: object, status: int) -> NoReturn:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 the job failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    try:
+        status: Any = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except ValueError as error:
+        _fail(error, 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped; the same command again goes on from what is saved", 130)
+    except Exception as error:
+        failures = {"Interrupted": None, "TrainingFailed": 1, "DownloadFailed": 1, "OSError": 1}
+        kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in failures), None)
+        if kind is None:
+            raise
+        if kind == "Interrupted":
+            _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
+        _fail(error, 1)
+    sys.exit(status if isinstance(status, int) else 0)

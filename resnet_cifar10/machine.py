@@ -1,0 +1,53 @@
+"""What this machine is and can do: recorded with every run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def pick_device(device: str) -> str:
+    """Turn "auto" into "cuda" or "cpu".
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+
+    """
+    there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    if device not in ("auto", *there):
+        raise ValueError(f"--device: found {device!r}; allowed here: auto, {', '.join(there)}")
+    return there[-1] if device == "auto" else device
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Say whether the processor multiplies matrices of bfloat16 itself; where it does not, float32 is faster."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+
+
+def has_compiler() -> bool:
+    """Say whether torch.compile finds a C++ compiler."""
+    return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Collect the versions and the hardware that a result was obtained with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    return {
+        "package": version("resnet-cifar10"), "git_commit": commit, "python": platform.python_version(),
+        "torch": torch.__version__, "system": platform.system(), "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "world_size": 1,
+    }  # fmt: skip

@@ -1,0 +1,226 @@
+"""Every source of labelled images on disk, read into the one shape of data.Split."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .data import Split, hold_out
+from .photo import SIZE, read_photo, square
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ARCHIVE = "cifar-10-python.tar.gz"
+BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
+MAX_BATCH_BYTES = 100_000_000  # of one batch of the archive; the real ones have 31 MB
+MAX_IMAGE_PIXELS = 1 << 16  # of one image in a parquet file
+
+
+def load(path: str | Path, split: str) -> Split | None:
+    """Read one split, "train", "val" or "test", of a data set; None where the source has no such split.
+
+    Args:
+        path: "digits"; the archive cifar-10-python.tar.gz or a folder with it; its extracted folder, whole or in
+            part; a folder with Hugging Face parquet files; or a folder train/<class>/*, optionally val/ and test/.
+        split: Only this split is read.
+
+    Raises:
+        ValueError: With one line that names the file, what was found and what is allowed.
+
+    """
+    path = Path(path)
+    if str(path) == "digits" and not path.exists():
+        return _digits(split)
+    if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _from_archive(path, split)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such data; allowed: a folder, {ARCHIVE}, or 'digits'")
+    for folder in (path, path / "cifar-10-batches-py"):
+        if any((folder / name).is_file() for names in BATCHES.values() for name in names):
+            return _from_folder(folder, split)
+    if (path / ARCHIVE).is_file():
+        return _from_archive(path / ARCHIVE, split)
+    if any(path.rglob("*.parquet")):
+        return _from_parquet(path, split)
+    if any((path / part).is_dir() for part in BATCHES):
+        return _from_class_folders(path, split)
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
+    allowed = f"{ARCHIVE}, data_batch_1..5 and test_batch, parquet files, or train/<class>/*"
+    raise ValueError(f"{path}: found {found}; allowed: {allowed}")
+
+
+def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str, ...], source: str, where: Path) -> Split:
+    if not labels:
+        raise ValueError(f"{where}: holds no image")
+    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
+        raise ValueError(f"{where}: found a label that is not one of 0..{len(classes) - 1} ({len(classes)} classes)")
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), classes, source)
+
+
+# --- the official archive and its folder: pickled batches, read by an unpickler that knows four harmless names ---
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and plain values; any other name in a pickle is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+        return known[module, name]
+
+
+def _unpickle(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:  # a hostile pickle can raise anything
+        raise ValueError(f"{where}: not a CIFAR-10 batch: {error or type(error).__name__}") from None
+    if not isinstance(batch, dict):
+        raise ValueError(f"{where}: not a CIFAR-10 batch: found {type(batch).__name__}, not a dictionary")
+    return batch
+
+
+def _from_pickles(read: Callable[[str], bytes | None], where: Path, split: str, source: str) -> Split | None:
+    meta = read("batches.meta")
+    names = _unpickle(meta, f"{where}: batches.meta").get("label_names") if meta else list(CIFAR10_CLASSES)
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: batches.meta: 'label_names' is not a list of class names")
+    images, labels = [], []
+    for name in BATCHES[split]:
+        content = read(name)
+        if content is None:
+            continue
+        batch = _unpickle(content, f"{where}: {name}")
+        pixels, batch_labels = batch.get("data"), batch.get("labels")
+        if (not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * SIZE * SIZE,)
+                or not isinstance(batch_labels, list) or len(batch_labels) != len(pixels)):  # fmt: skip
+            raise ValueError(f"{where}: {name}: allowed: 'data' uint8 [N, 3072] and a list of N 'labels'")
+        images.append(pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))  # stored channel by channel
+        labels += batch_labels
+    return _checked(np.concatenate(images), labels, tuple(names), source, where) if images else None
+
+
+def _from_folder(folder: Path, split: str) -> Split | None:
+    def read(name: str) -> bytes | None:
+        file = folder / name
+        if file.is_file() and file.stat().st_size > MAX_BATCH_BYTES:
+            raise ValueError(f"{file}: larger than {MAX_BATCH_BYTES:,} bytes")
+        return file.read_bytes() if file.is_file() else None
+
+    return _from_pickles(read, folder, split, "CIFAR-10 (python batches)")
+
+
+def _from_archive(archive: Path, split: str) -> Split | None:
+    """Read members in memory, in one pass; nothing is extracted, so no name or link in it can do harm."""
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                name = Path(member.name).name
+                if member.isfile() and name in (*BATCHES[split], "batches.meta"):
+                    if member.size > MAX_BATCH_BYTES or name in members:
+                        raise ValueError(f"{archive}: {name} is there twice or larger than {MAX_BATCH_BYTES:,} bytes")
+                    members[name] = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{archive}: damaged or truncated archive: {error}") from None
+    return _from_pickles(members.get, archive, split, "CIFAR-10 (python archive)")
+
+
+# --- Hugging Face parquet ---
+
+
+def _from_parquet(folder: Path, split: str) -> Split | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    blobs: list[bytes | None] = []
+    labels: list[int] = []
+    names = CIFAR10_CLASSES
+    files = sorted(file for file in folder.rglob("*.parquet") if file.name.replace(".", "-").split("-")[0] == split)
+    for file in files:
+        try:
+            table = pq.read_table(file)
+            image_column = "img" if "img" in table.column_names else "image"
+            blobs += pa.compute.struct_field(table.column(image_column), "bytes").to_pylist()
+            labels += table.column("label").to_pylist()
+            features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            names = tuple(features.get("label", {}).get("names") or names)
+        except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {reason}") from None
+    if not files:
+        return None
+    images = np.empty((len(blobs), SIZE, SIZE, 3), np.uint8)
+    qualities: set[int] = set()
+    for i, blob in enumerate(blobs):
+        try:
+            with Image.open(io.BytesIO(blob or b""), formats=("JPEG", "PNG")) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels")
+                if image.format == "JPEG" and len(qualities) < 2:
+                    qualities.add(_jpeg_quality(image))
+                pixels = image if image.mode == "RGB" else image.convert("RGB")
+                images[i] = np.asarray(pixels if pixels.size == (SIZE, SIZE) else square(pixels, SIZE))
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
+            raise ValueError(f"{folder}: image {i} of split '{split}' does not decode: {error}") from None
+    what = "CIFAR-10" if names == CIFAR10_CLASSES else folder.resolve().name
+    copy = {0: "", 1: f" (JPEG quality {max(qualities, default=0)} copy)"}.get(len(qualities), " (JPEG copy)")
+    return _checked(images, labels, names, what + copy, folder)
+
+
+def _jpeg_quality(image: Image.Image) -> int:
+    """Recover the quality setting from the sum of the luminance table, 3,688 at quality 50 (libjpeg, jcparam.c)."""
+    percent = 100 * sum(image.quantization[0]) / 3688  # type: ignore[attr-defined]
+    return round(100 - percent / 2 if percent < 100 else 5000 / percent)
+
+
+# --- folders of images by class, and the digits inside scikit-learn ---
+
+
+def _from_class_folders(path: Path, split: str) -> Split | None:
+    parts = {part: sorted(entry.name for entry in (path / part).iterdir() if entry.is_dir())
+             for part in BATCHES if (path / part).is_dir()}  # fmt: skip
+    if split not in parts:
+        return None
+    first, classes = next(iter(parts.items()))
+    if len(classes) < 2:
+        raise ValueError(f"{path / first}: found {len(classes)} class folders; allowed: two or more")
+    if parts[split] != classes:
+        differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
+        raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")
+    files = [(file, label) for label, name in enumerate(classes) for file in sorted((path / split / name).iterdir())
+             if file.name[0] != "."]  # fmt: skip
+    if empty := set(range(len(classes))) - {label for _, label in files}:
+        raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
+    images = np.stack([np.asarray(square(read_photo(file), SIZE)) for file, _ in files])
+    return _checked(images, [label for _, label in files], tuple(classes), path.resolve().name, path)
+
+
+def _digits(split: str) -> Split | None:
+    """8x8 grey digits as 32x32 RGB; a fixed stratified fifth is the test split."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("digits: needs scikit-learn: pip install 'resnet-cifar10[demo]'") from None
+    if split == "val":
+        return None
+    grey, labels = load_digits(return_X_y=True)
+    small = [Image.fromarray(g) for g in (grey.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)]
+    images = np.stack([np.asarray(g.resize((SIZE, SIZE), Image.Resampling.BILINEAR).convert("RGB")) for g in small])
+    everything = _checked(images, labels.tolist(), tuple("0123456789"), "digits (scikit-learn)", Path("digits"))
+    train, test = hold_out(everything.labels, len(labels) // 5, seed=0)
+    return everything.subset(train if split == "train" else test)

@@ -1,0 +1,140 @@
+"""Builders of small data sets in the layouts that users have, and what several test files share."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent  # of the repository
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+# The same examples in every run, and no deadline: a slow machine is no failure.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+
+def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
+    """Return the sentence for the user: one line, without characters that a terminal would obey."""
+    sentence = str(error.value)
+    assert sentence and sentence.isprintable(), repr(sentence)
+    return sentence
+
+
+def noise(n: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Images uint8 [n, 32, 32, 3] of noise, which no lossy step leaves as they are, and labels 0, 1, ... 9, 0, ..."""
+    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8), [i % 10 for i in range(n)]
+
+
+TRAIN, TEST = noise(50, seed=1), noise(20, seed=2)
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Writes text and bytes as the `str` of Python 2, which wrote the official files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012  (the base class has it so)
+
+    def save_python2_str(self, value: str | bytes) -> None:
+        raw = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+
+    dispatch[str] = dispatch[bytes] = save_python2_str
+
+
+def python2_pickle(value: Any) -> bytes:
+    """Pickle as Python 2 and the NumPy of its time did."""
+    file = io.BytesIO()
+    _Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def batch(images: np.ndarray, labels: list[int]) -> dict[str, Any]:
+    """Build the content of one official batch: rows of 3,072 pixels, all red ones first, then green, then blue."""
+    names = [f"picture_{i}.png" for i in range(len(labels))]
+    data = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
+    return {"batch_label": "a batch", "labels": labels, "data": data, "filenames": names}
+
+
+def write_archive(archive: Path, folder: Path) -> Path:
+    """Pack a folder of batches under the name that it has in the official archive."""
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    return archive
+
+
+def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
+    """Encode one image as the bytes of a PNG, JPEG, ... file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_parquet(file: Path, blobs: list[bytes], labels: list[int], classes: list[str]) -> None:
+    """Write what the `datasets` library of Hugging Face writes: a struct column, and the class names in the metadata."""
+    features = {"img": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    schema = pa.schema(
+        [("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    rows = [{"bytes": blob, "path": None} for blob in blobs]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_arrays([pa.array(rows, schema.field("img").type), pa.array(labels)], schema=schema), file)
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path) -> Path:
+    """The extracted official folder with TRAIN in five batches, and TEST."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i in range(5):
+        part = slice(10 * i, 10 * i + 10)
+        (folder / f"data_batch_{i + 1}").write_bytes(python2_pickle(batch(TRAIN[0][part], TRAIN[1][part])))
+    (folder / "test_batch").write_bytes(python2_pickle(batch(*TEST)))
+    meta = {"num_cases_per_batch": 10, "label_names": CLASSES, "num_vis": 3072}
+    (folder / "batches.meta").write_bytes(python2_pickle(meta))
+    return folder
+
+
+@pytest.fixture
+def cifar_archive(cifar_folder: Path, tmp_path: Path) -> Path:
+    """The same as the official archive."""
+    (tmp_path / "archive").mkdir()
+    return write_archive(tmp_path / "archive" / "cifar-10-python.tar.gz", cifar_folder)
+
+
+@pytest.fixture
+def png_parquet(tmp_path: Path) -> Path:
+    """The same as parquet files with PNG bytes, the training images in two files."""
+    folder = tmp_path / "parquet" / "plain_text"
+    for name, (images, labels), part in (
+        ("train-00000-of-00002", TRAIN, slice(0, 30)),
+        ("train-00001-of-00002", TRAIN, slice(30, 50)),
+        ("test-00000-of-00001", TEST, slice(0, 20)),
+    ):
+        blobs = [encoded(image, "PNG") for image in images[part]]
+        write_parquet(folder / f"{name}.parquet", blobs, labels[part], CLASSES)
+    return folder.parent
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """Folders of plain red, green and blue images in several formats and sizes: 6 train, 3 val and 3 test a class."""
+    sizes = {"png": (32, 32), "jpg": (100, 60), "bmp": (31, 80), "webp": (64, 64), "gif": (200, 200), "tiff": (5, 5)}
+    for part, count in (("train", 6), ("val", 3), ("test", 3)):
+        for name, colour in (("blue", (0, 0, 250)), ("green", (0, 250, 0)), ("red", (250, 0, 0))):
+            folder = tmp_path / "colours" / part / name
+            folder.mkdir(parents=True)
+            for kind, size in list(sizes.items())[:count]:
+                Image.new("RGB", size, colour).save(folder / f"picture.{kind}")
+    return tmp_path / "colours"

@@ -1,0 +1,214 @@
+"""Photos in, predictions out; and what is no photo."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_cifar10.export import export
+from resnet_cifar10.infer import Classifier
+from resnet_cifar10.model import ResNet
+from resnet_cifar10.photo import read_photo, square, views
+from resnet_cifar10.storage import save_model
+
+CLASSES = ["red", "green", "blue"]
+CONFIG = {
+    "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
+    "temperature": 2.0, "rejection_threshold": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_model(folder, ResNet(8, 3), CONFIG)
+    export(folder, folder / "model.onnx")
+    return folder
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A picture that looks different from every side: red left, blue top right, green below it."""
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    pixels[:, :80, 0] = 200
+    pixels[:60, 80:, 2] = 250
+    pixels[60:, 80:, 1] = 150
+    return Image.fromarray(pixels)
+
+
+def cli(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "resnet_cifar10", *map(str, arguments)], input=stdin, capture_output=True, check=False)
+    assert b"Traceback" not in done.stderr
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    (tmp_path / "torch.py").write_text("raise ImportError('PyTorch must not be needed')")
+    code = "import sys; sys.argv[0] = 'resnet-cifar10'; from resnet_cifar10.cli import main; main()"
+    arguments = ["infer", "photo.png", "--model", model, "--json", "--figure", "figure.png"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)
+    assert list(answer) == ["file", "label", "probabilities", "membership", "rejected"]
+    assert list(answer["probabilities"]) == CLASSES
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width > 240
+    refused = subprocess.run([sys.executable, "-c", code, "evaluate", model, "--data", "digits"],
+                             cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "needs PyTorch" in refused.stderr
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation_makes_no_difference(photo: Image.Image, orientation: int) -> None:
+    turned = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_270}[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    photo.transpose(turned).save(file, "PNG", exif=exif)
+    assert np.array_equal(read_photo(file), photo)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_lossless_formats_give_the_same_pixels(photo: Image.Image, kind: str) -> None:
+    file = io.BytesIO()
+    photo.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(read_photo(file), photo)
+
+
+def test_modes_become_the_colours_that_a_viewer_shows(photo: Image.Image) -> None:
+    def reread(image: Image.Image, kind: str = "PNG") -> np.ndarray:
+        file = io.BytesIO()
+        image.save(file, kind)
+        return np.asarray(read_photo(file)).astype(int)
+
+    grey = np.asarray(photo.convert("L"))
+    assert np.array_equal(reread(Image.fromarray(grey)), np.repeat(grey[..., None], 3, 2))
+    sixteen_bits = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert np.array_equal(reread(sixteen_bits), np.repeat(grey[..., None], 3, 2))
+    assert np.abs(reread(photo.convert("CMYK"), "TIFF") - np.asarray(photo)).max() <= 1
+    assert np.array_equal(reread(photo.convert("P", palette=Image.Palette.ADAPTIVE)), photo)
+    transparent = photo.convert("RGBA")
+    transparent.putalpha(0)
+    assert (reread(transparent) == 127).all()
+
+
+def test_a_square_is_the_centre_averaged_over_its_area() -> None:
+    pixels = np.zeros((64, 200, 3), np.uint8)
+    pixels[:, :68] = 255  # outside the centre square
+    pixels[::2, 68:132] = 100
+    small = np.asarray(square(Image.fromarray(pixels), 32))
+    assert (small == 50).all()
+    unchanged = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    assert np.array_equal(square(unchanged, 32), unchanged)
+
+
+def test_a_photo_and_its_mirror_image_get_the_same_answer(model: Path, photo: Image.Image) -> None:
+    classifier = Classifier(model)
+    one, other = (classifier.classify(views(p)).probabilities for p in (photo, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+    assert one == pytest.approx(other, abs=1e-5)
+    assert views(photo).shape[1:] == (32, 32, 3)
+
+
+def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    save_model(tmp_path, ResNet(8, 3), CONFIG | {"rejection_threshold": 1.1})
+    (tmp_path / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
+    photo.save(tmp_path / "photo.png")
+    status, output, _ = cli("infer", tmp_path / "photo.png", "--model", tmp_path)
+    assert status == 0
+    assert "none of these 3 (most like: " in output
+
+
+def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
+    torch.manual_seed(0)
+    network = ResNet(8, 3).eval()
+    images = torch.randint(0, 256, (70, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits = network(((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2))
+    expected = (logits / 2.0).softmax(1).numpy()
+    classifier = Classifier(model)
+    for n in (1, 3, 70):
+        assert np.abs(classifier.probabilities(images[:n].numpy()) - expected[:n]).max() < 1e-5
+
+
+def test_the_activation_map_averages_to_the_logit(model: Path) -> None:
+    network = ResNet(8, 3).eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    classifier = Classifier(model)
+    probabilities, maps = classifier.session.run(["probabilities", "activation_map"], {"images": images})
+    assert maps.shape == (2, len(CLASSES), 8, 8)
+    torch.manual_seed(0)
+    bias = ResNet(8, 3).linear.bias.detach().numpy()
+    logits = (maps.mean(axis=(2, 3)) + bias) / 2.0
+    assert np.allclose(torch.tensor(logits).softmax(1).numpy(), probabilities, atol=1e-5)
+    assert network.training is False
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("empty.jpg", b""), ("text.jpg", b"dear diary"), ("truncated.png", None), ("missing.jpg", None),
+])  # fmt: skip
+def test_what_is_no_photo_gets_one_line_and_the_others_still_count(
+    model: Path, photo: Image.Image, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    photo.save(tmp_path / "good.png")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    elif name == "truncated.png":
+        (tmp_path / name).write_bytes((tmp_path / "good.png").read_bytes()[:150])
+    status, output, errors = cli("infer", tmp_path / name, tmp_path / "good.png", "--model", model, "--json")
+    assert status == 2
+    assert [Path(answer["file"]).name for answer in json.loads(output)] == ["good.png"]
+    assert errors.count("\n") == 1
+    assert name in errors
+
+
+def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "b.jpg")
+    status, output, _ = cli("infer", tmp_path, "-", "--model", model, "--json", stdin=(tmp_path / "a.png").read_bytes())
+    assert status == 0
+    a, b, stdin = json.loads(output)
+    assert (Path(a["file"]).name, Path(b["file"]).name, stdin["file"]) == ("a.png", "b.jpg", "-")
+    assert a["probabilities"] == stdin["probabilities"]
+    (tmp_path / "empty").mkdir()
+    assert cli("infer", tmp_path / "empty", "--model", model)[0] == 2
+
+
+def test_a_picture_of_billions_of_pixels_is_refused(model: Path, tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(50_000))) + chunk(b"IEND", b""))
+    status, _, errors = cli("infer", tmp_path / "bomb.png", "--model", model)
+    assert (status, errors.count("\n")) == (2, 1)
+
+
+def test_a_broken_model_folder_is_refused_with_the_reason(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    broken = tmp_path / "model"
+    save_model(broken, ResNet(8, 3), CONFIG)
+    for file, content, reason in (
+        ("model.onnx", None, "export"), ("model.onnx", b"no graph", "not an ONNX model"),
+        ("config.json", b"{", "not a model configuration"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
+    ):  # fmt: skip
+        if content is not None:
+            (broken / file).write_bytes(content)
+        status, _, errors = cli("infer", tmp_path / "photo.png", "--model", broken)
+        assert (status, errors.count("\n")) == (2, 1)
+        assert reason in errors
+    assert "built-in" in cli("infer", tmp_path / "photo.png", "--model", "resnet999")[2]

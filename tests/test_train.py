@@ -1,0 +1,216 @@
+"""Training as a user meets it: killed, stopped, resumed, refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_cifar10 import storage
+from resnet_cifar10.data import Split
+from resnet_cifar10.settings import Setting
+from resnet_cifar10.storage import load_checkpoint
+from resnet_cifar10.train import TrainingFailed, patience_ended, train
+
+# One thread: the same on every machine, and quick beside other work.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TABLE = """
+[[setting]]
+name = "Small"
+model = "resnet8"
+batch_size = 128
+lr = 0.05
+epochs = {epochs}
+augmentation = "crop_flip_cutout_mixup"
+normalization = "{normalization}"
+optimizer = "{optimizer}"
+lr_decay = "cosine"
+validation_size = 200
+compile = false
+"""
+
+
+def table(folder: Path, epochs: int = 3, normalization: str = "batch", optimizer: str = "sgd") -> Path:
+    file = folder / "table.toml"
+    file.write_text(TABLE.format(epochs=epochs, normalization=normalization, optimizer=optimizer))
+    return file
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def outcome(folder: Path) -> tuple[list[list[str]], bytes, bytes, bytes]:
+    """Everything of a run that must not depend on when it was interrupted: metrics without times, all weights."""
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row[:6] for row in csv.reader(file)]
+    files = ("last.safetensors", "best.safetensors", "model/model.safetensors")
+    return rows, *((folder / name).read_bytes() for name in files)  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run("train", table(folder), "--data", "digits", "--out", folder / "runs")
+    return folder / "runs" / "small" / "seed-0"
+
+
+def start_and_wait_for_an_epoch(tmp_path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(command("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs"),
+                               env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    assert any("epoch 1/3" in line for line in process.stdout)
+    return process
+
+
+def test_killed_inside_an_epoch_and_resumed_equals_undisturbed(tmp_path: Path, undisturbed: Path) -> None:
+    process = start_and_wait_for_an_epoch(tmp_path)
+    time.sleep(0.5)  # some steps into the second epoch
+    process.kill()
+    process.communicate()
+    folder = tmp_path / "runs" / "small" / "seed-0"
+    assert not (folder / "result.json").exists()
+    resumed = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
+    assert "goes on after epoch" in resumed.stdout
+    assert outcome(folder) == outcome(undisturbed)
+    assert json.loads((folder / "result.json").read_text())["not_bit_exact"] == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    process = start_and_wait_for_an_epoch(tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.count("\n") == 1
+    assert "the same command again goes on" in errors
+    assert load_checkpoint(tmp_path / "runs" / "small" / "seed-0") is not None
+
+
+def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
+    folder = tmp_path / "runs" / "small" / "seed-0"
+    run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
+    for name in ("result.json", "model/model.onnx"):
+        (folder / name).unlink()
+    content = bytearray((folder / "last.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "last.safetensors").write_bytes(content)
+    again = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
+    assert "SHA-256 does not match" in again.stdout
+    assert outcome(folder) == outcome(undisturbed)
+
+
+def test_what_is_done_is_skipped_and_another_study_is_refused(tmp_path: Path, undisturbed: Path) -> None:
+    out, before = undisturbed.parents[1], outcome(undisturbed)
+    assert "is done" in run("train", table(tmp_path), "--data", "digits", "--out", out).stdout
+    refused = run("train", table(tmp_path), "--data", "digits", "--out", out, "--epochs", "9", status=2)
+    assert "epochs was 3, is 9" in refused.stderr
+    assert outcome(undisturbed) == before
+
+
+def test_an_output_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small" / "seed-0"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("precious")
+    assert "thesis.txt" in run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs", status=2).stderr
+    assert [entry.name for entry in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_second_process_on_the_same_run_leaves(tmp_path: Path) -> None:
+    process = start_and_wait_for_an_epoch(tmp_path)
+    second = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", status=2)
+    assert f"process {process.pid} is working on this run" in second.stderr
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("change", ["batch_size = 128|batch_size = 5000", "validation_size = 200|validation_size = 1438",
+                                    'model = "resnet8"|model = "resnet9"'])  # fmt: skip
+def test_impossible_settings_write_nothing(tmp_path: Path, change: str) -> None:
+    file = table(tmp_path)
+    file.write_text(file.read_text().replace(*change.split("|")))
+    refused = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=2)
+    assert change.partition(" = ")[0] in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def images(n: int = 64, classes: int = 4) -> Split:
+    """Pictures whose mean colour tells the class."""
+    labels = torch.arange(n) % classes
+    noise = torch.randint(0, 64, (n, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Split(noise + (48 * labels).to(torch.uint8)[:, None, None, None], labels, tuple("abcd"), "made up")
+
+
+def setting(**changes: object) -> Setting:
+    small = {"name": "Test", "model": "resnet8", "batch_size": 16, "epochs": 2, "validation_size": 16, "compile": False}
+    return Setting.model_validate(small | {"precision": "float32"} | changes)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Path) -> None:
+    wild = setting(lr=100.0, normalization="none", shortcut="none", model="resnet56", epochs=5)
+    with pytest.raises(TrainingFailed, match=r"no longer finite in epoch \d, at lr 100"):
+        train(wild, 0, lambda part: images(), tmp_path, "cpu")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_every_optimizer_learns_and_resumes_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    row = setting(optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.003, nesterov=optimizer == "sgd", epochs=6)
+    result = train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
+    assert result["test"]["accuracy"] > 50
+
+    def save_then_die(folder: Path, tensors: storage.Tensors, state: dict[str, int]) -> None:
+        save_checkpoint(folder, tensors, state)
+        if state["epoch"] == 3:
+            raise RuntimeError("power cut")
+
+    save_checkpoint = storage.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(storage, "save_checkpoint", save_then_die)
+        train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
+    train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
+    assert (tmp_path / "parts/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
+
+
+def test_patience_waits_for_the_last_decay() -> None:
+    constant = setting(epochs=200, patience=60)
+    assert not patience_ended(constant, epoch=109, best_epoch=50)
+    assert patience_ended(constant, epoch=110, best_epoch=50)
+    step = setting(epochs=200, patience=10, lr_decay="step")
+    assert not patience_ended(step, epoch=159, best_epoch=20)
+    assert patience_ended(step, epoch=160, best_epoch=20)
+    assert not patience_ended(setting(epochs=200, patience=1, lr_decay="cosine"), epoch=199, best_epoch=1)
+
+
+def test_patience_ends_a_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    hopeless = setting(lr=1e-9, patience=2, epochs=50, augmentation="none")
+    result = train(hopeless, 0, lambda part: None if part == "val" else images(), tmp_path, "cpu")
+    assert result["stopped_early"]
+    assert result["epochs_run"] == result["best_epoch"] + 2
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    result = train(setting(validation_size=0, epochs=3), 0, lambda part: images() if part == "train" else None, tmp_path, "cpu")
+    assert (result["best_epoch"], result["validation"], result["test"]) == (3, None, None)
+
+
+def test_a_validation_split_of_its_own_is_used_whole(tmp_path: Path) -> None:
+    train(setting(), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert (environment["training_images"], environment["validation_images"]) == (64, 128)
