@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from .data import Split, normalise
@@ -20,10 +23,11 @@ REFUSED_MEMBERS = 0.05  # share of validation images that the rejection threshol
 
 @torch.inference_mode()
 def predict(model: Callable[[Tensor], Tensor], images: Tensor, mean: list[float], std: list[float],
-            batch_size: int = 500) -> Tensor:  # fmt: skip
-    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device."""
-    logits = []
-    for batch in torch.split(images, batch_size):
+            batch_size: int = 500, title: str = "") -> Tensor:  # fmt: skip
+    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; a title shows a bar."""
+    logits, console = [], Console(stderr=True)
+    parts = torch.split(images, batch_size)
+    for batch in track(parts, title, console=console, transient=True, disable=not (title and console.is_terminal)):
         x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
         logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())
@@ -112,6 +116,8 @@ def evaluate_model(model: str | Path, test: Split, device: str = "cpu") -> dict[
         ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
         raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    logits = predict(network, test.images.to(device), config["mean"], config["std"]).cpu()
+    title = f"evaluating {len(test):,} images"
+    print(title, file=sys.stderr, flush=True)
+    logits = predict(network, test.images.to(device), config["mean"], config["std"], title=title).cpu()
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
     return metrics | {"framework": "pytorch", "model": str(model), "data": test.source, "data_sha256": test.sha256}

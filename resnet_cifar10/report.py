@@ -11,11 +11,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import ImageOps
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from .infer import Classifier
 from .photo import read_photo, views
@@ -30,11 +30,11 @@ WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "Si
          "batch": "Batch Norm", "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
-INK, MUTED, GRID = "#1c2026", "#5d6673", "#dfe3e8"
+INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
 # Colours apart for the colour-blind (after Okabe & Ito), dashes apart in grey print.
 LINES: list[tuple[str, Any]] = [("#0b66a8", "-"), ("#c4490c", (0, (5, 1.5))), ("#00805c", (0, (1.5, 1))),
                                 ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", "-"), ("#3f4752", (0, (3, 1)))]  # fmt: skip
-SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", **{colour: f"line{i}" for i, (colour, _) in enumerate(LINES)}}
+SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", **{line[0]: f"line{i}" for i, line in enumerate(LINES)}}
 SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.md", "LICENSE", "CONTRIBUTING.md",
            "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
 
@@ -42,53 +42,20 @@ SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.m
 # --- reading ---
 
 
-class _Metrics(BaseModel):  # what evaluate says of one split, as far as the report shows it
-    accuracy: float
-    n: int
-    interval_95: tuple[float, float]
-    negative_log_likelihood: float
-    calibration_error: float
-    temperature: float
-    negative_log_likelihood_scaled: float
-    calibration_error_scaled: float
-    per_class: dict[str, dict[str, float]]
-    confusion: list[list[int]]
-
-
-class _Result(BaseModel):
-    parameters: int
-    best_epoch: int
-    stopped_early: bool
-    train_minutes: float
-    not_bit_exact: str
-    validation: _Metrics | None
-    test: _Metrics | None
-
-
-class _Claim(BaseModel):
-    setting: Setting
-    seed: int
-
-
-class _Environment(BaseModel, extra="allow"):
-    data: str
-
-
 @dataclass(frozen=True)
 class Run:
-    """One setting with one seed. `result` is a _Result, or None while the run is unfinished."""
+    """One setting with one seed. `result` is the content of result.json, {} while the run is unfinished."""
 
     folder: Path
     setting: Setting
     seed: int
     metrics: list[dict[str, Any]]
-    result: Any
+    result: dict[str, Any]
     environment: dict[str, Any]
 
-    @property
-    def kept(self) -> Any:
-        """The metrics of the epoch whose weights were kept."""
-        return self.metrics[self.result.best_epoch - 1]
+    def curve(self, key: str) -> np.ndarray[Any, Any]:
+        """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
+        return np.array([row[key] for row in self.metrics], float)
 
 
 @dataclass(frozen=True)
@@ -104,26 +71,22 @@ class Row:
         """The finished runs: only these count."""
         return [run for run in self.runs if run.result]
 
-    @property
-    def shown(self) -> list[Run]:
-        """The runs whose curves are drawn: the finished ones, or else the one that got furthest."""
-        return self.done or sorted(self.runs, key=lambda run: len(run.metrics))[-1:]
-
     def accuracies(self, split: str) -> list[float]:
         """Percent for each finished run; [] where there is no such split."""
-        return [metrics.accuracy for run in self.done if (metrics := getattr(run.result, split))]
+        return [run.result[split]["accuracy"] for run in self.done if run.result[split]]
+
+    def curves(self, key: str) -> np.ndarray[Any, Any]:
+        """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
+        columns = [run.curve(key) for run in self.done] or [max((run.curve(key) for run in self.runs), key=len)]
+        return np.stack([column[: min(map(len, columns))] for column in columns])
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
-def _read(file: Path, kind: type[M]) -> M:
-    try:
-        return kind.model_validate(read_json(file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{file}: damaged: key '{key}': {first['msg']}") from None
+def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    value = read_json(file)
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"{file}: damaged: key '{key}' is missing")
+    return value  # type: ignore[no-any-return]
 
 
 def read_run(folder: Path) -> Run:
@@ -133,15 +96,19 @@ def read_run(folder: Path) -> Run:
         ValueError: Naming the damaged file.
 
     """
-    claim = _read(folder / "setting.json", _Claim)
-    result = _read(folder / "result.json", _Result) if (folder / "result.json").exists() else None
+    claim = _read(folder / "setting.json", ("setting", "seed"))
+    try:
+        setting = Setting.model_validate(claim["setting"])
+    except ValidationError as error:
+        raise ValueError(f"{folder / 'setting.json'}: damaged: {error.errors()[0]['msg']}") from None
+    result: dict[str, Any] = {}
+    if (folder / "result.json").exists():
+        result = _read(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
     metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
-    environment = _read(folder / "environment.json", _Environment).model_dump() if metrics else {}
-    if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)):
-        raise ValueError(f"{folder / 'metrics.csv'}: damaged: its epochs are not 1, 2, 3, ...")
-    if result and not 1 <= result.best_epoch <= len(metrics):
-        raise ValueError(f"{folder / 'metrics.csv'}: damaged: lacks epoch {result.best_epoch}, which result.json names")
-    return Run(folder, claim.setting, claim.seed, metrics, result, environment)
+    if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
+        raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
+    environment = _read(folder / "environment.json", ("data",)) if metrics else {}
+    return Run(folder, setting, claim["seed"], metrics, result, environment)
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
@@ -174,12 +141,6 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
 # --- numbers ---
 
 
-def curve(runs: Sequence[Run], key: str) -> np.ndarray[Any, Any]:
-    """Collect one column of metrics.csv as float [runs, epochs], as far as all these runs are."""
-    epochs = min(len(run.metrics) for run in runs)
-    return np.array([[row[key] for row in run.metrics[:epochs]] for run in runs], float).reshape(len(runs), epochs)
-
-
 def student_p(t: float, freedom: float) -> float:
     """Two-sided p value of Student's t: with t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1)."""
     angle, steps = math.atan(abs(t) / math.sqrt(freedom)), 10_000
@@ -188,23 +149,13 @@ def student_p(t: float, freedom: float) -> float:
     return tail * 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
 
 
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Compare two means whose variances may differ (Welch 1947).
-
-    Returns:
-        The two-sided p value and the 95 % interval of mean(a) - mean(b); p is NaN where nothing varies.
-
-    """
+def welch(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p value of two means whose variances may differ (Welch 1947); NaN where nothing varies."""
     parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
-    difference, error = float(np.mean(a) - np.mean(b)), math.sqrt(sum(parts))
-    if error == 0:
-        return math.nan, difference, difference
+    if sum(parts) == 0:
+        return math.nan
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
-    low, high = 0.0, 20.0  # the quantile is 12.7 for one degree of freedom, less for more
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
-    return student_p(difference / error, freedom), difference - low * error, difference + low * error
+    return student_p(float(np.mean(a) - np.mean(b)) / math.sqrt(sum(parts)), freedom)
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
@@ -239,92 +190,78 @@ def span(numbers: Iterable[int]) -> str:
     return "–".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:]))
 
 
-def shared(rows: Iterable[Row], describe: Callable[[Row], str]) -> str:
-    """Describe all rows in one text, or each by its name where they differ."""
-    texts: dict[str, list[str]] = {}
-    for row in rows:
-        texts.setdefault(describe(row), []).append(row.name)
-    return next(iter(texts)) if len(texts) == 1 else "; ".join(f"{join(names)}: {text}" for text, names in texts.items())
+def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
+    """Describe all rows term by term: in one text where they agree, else each by its name."""
+    described = [(row.name, describe(row)) for row in rows]
+    lines = []
+    for term in described[0][1]:
+        texts: dict[str, list[str]] = {}
+        for name, terms in described:
+            texts.setdefault(terms[term], []).append(name)
+        lines.append((term, next(iter(texts)) if len(texts) == 1 else "; ".join(f"{join(n)}: {t}" for t, n in texts.items())))
+    return lines
 
 
 def cells(row: Row, seeds: set[int]) -> list[str]:
     """Fill the 14 columns; `seeds` are those of all rows, of which this one may lack some."""
-    s, tests, minutes = row.setting, row.accuracies("test"), [run.result.train_minutes for run in row.done]
+    s, tests, minutes = row.setting, row.accuracies("test"), [run.result["train_minutes"] for run in row.done]
     model = s.model.replace("resnet", "ResNet" if s.shortcut == "identity" else "Plain")
     sgd = "SGD (momentum)" if s.momentum else "SGD"
-    accuracy = [spread(tests) + (f" (n = {len(tests)})" if len(tests) > 1 else "")] if tests else []
+    accuracy = [spread(tests) + (f"\n(n = {len(tests)})" if len(tests) > 1 else "")] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
     accuracy += [(f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
                  for run in row.runs if not run.result]  # fmt: skip
     accuracy += [f"seed {seed} missing" for seed in sorted(seeds - {run.seed for run in row.runs})]
-    model += " (pre-activation)" if s.block == "pre" else ""
-    return [model, str(s.batch_size), WORDS[s.activation], WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}",
-            str(s.epochs), WORDS[s.normalization], "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
-            f"{np.mean(minutes):.1f}" if minutes else "–", span(run.result.best_epoch for run in row.done) or "–",
+    return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
+            WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs), WORDS[s.normalization],
+            "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
+            f"{np.mean(minutes):.1f}" if minutes else "–", span(run.result["best_epoch"] for run in row.done) or "–",
             "\n".join(accuracy)]  # fmt: skip
 
 
-def legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Explain the cells, for each setting apart where settings differ."""
-
-    def model(row: Row) -> str:
-        parameters = [f"{run.result.parameters:,} parameters" for run in row.done[:1]]
-        return join([f"{row.setting.depth} weighted layers", *parameters])
-
-    def optimizer(row: Row) -> str:
-        momentum = f"{row.setting.momentum:g}"
-        sgd = f"momentum {momentum}" + (", Nesterov" if row.setting.nesterov else "")
-        return sgd if row.setting.optimizer == "sgd" else f"betas {momentum} and 0.999"
-
-    def lr_decay(row: Row) -> str:
-        s = row.setting
-        percent, epochs = (join([f"{m * whole:g}" for m in s.lr_milestones]) for whole in (100, s.epochs))
-        warmup = f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else ""
-        return warmup + {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
-                         "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
-
-    def patience(row: Row) -> str:
-        ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if run.result.stopped_early]
-        rule = f"after {row.setting.patience} epochs without a better one the run ends"
-        return rule + (f" (ended: {join(ended)})" if ended else "") if row.setting.patience else "no run ends early"
-
-    def augmentation(row: Row) -> str:
-        return join([AUGMENTATIONS[part] for part in row.setting.augmentation.split("_")])
-
-    n = span(run.result.test.n for row in rows for run in row.done if run.result.test)
-    smoothing = shared(rows, lambda row: f"{row.setting.label_smoothing:g}")
-    return [
-        ("O, X", "applied, not applied"),
-        ("Model", shared(rows, model)),
-        ("Optimizer", shared(rows, optimizer)),
-        ("Weight decay", shared(rows, lambda row: f"{row.setting.weight_decay:g}")),
-        ("Data augmentation", shared(rows, augmentation)),
-        ("lr decay", shared(rows, lr_decay)),
-        *([("Label smoothing", smoothing)] if smoothing != "0" else []),
-        ("Training time", "training and validation, mean over the seeds; comparable on one machine only"),
-        ("Early stopping epoch", "the epoch whose weights were kept, that of the best validation accuracy "
-         f"(first–last where seeds differ). Patience: {shared(rows, patience)}"),
-        ("Accuracy", f"percent of the {n} test images, read once, at the end, with the kept weights; "
-         "with several seeds mean ± sample standard deviation, n = seeds"),
-    ]  # fmt: skip
+def meaning(row: Row) -> dict[str, str]:
+    """Say what stands behind the cells of a row."""
+    s = row.setting
+    momentum = f"momentum {s.momentum:g}{', Nesterov' if s.nesterov else ''}"
+    percent, epochs = (join([f"{m * whole:g}" for m in s.lr_milestones]) for whole in (100, s.epochs))
+    decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
+             "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
+    ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
+    rule = f"{s.patience} epochs without a better validation accuracy end a run" + (f" ({join(ended)})" if ended else "")
+    parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
+    return {
+        "Model": join([f"{s.depth} weighted layers", *parameters]),
+        "Optimizer": momentum if s.optimizer == "sgd" else f"betas {s.momentum:g} and 0.999",
+        "Weight decay": np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1) if s.weight_decay else "none",
+        "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
+        "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
+        "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
+        "Training time (m)": "training and validation, mean over the seeds; comparable on one machine only",
+        "Early stopping epoch": "the epoch whose weights were kept, that of the best validation accuracy (first–last where "
+                                "seeds differ)",
+        "Patience": rule if s.patience else "none, the run goes on to its last epoch",
+        "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
+                    "the mean ± sample standard deviation over n seeds",
+    }  # fmt: skip
 
 
 def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
     """Write the result in two or three sentences."""
     runs = [run for row in rows for run in row.runs]
-    waiting = sum(run.result is None for run in runs)
+    waiting = sum(not run.result for run in runs)
     last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
     if best is None:
-        return f"No setting can be called the best on {data}: none is finished with validation images to choose by.{last}"
+        reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
+        return f"No setting can be called the best on {data} yet: {reason}.{last}"
     rivals, tests, validation = sum(bool(row.done) for row in rows), best.accuracies("test"), best.accuracies("validation")
-    text = f"{best.name} is the best of {rivals} settings by validation accuracy" if rivals > 1 else f"{best.name} is finished"
-    text += f" ({spread(validation)} %)." if validation else "."
+    text = f"{best.name} reaches a validation accuracy of {spread(validation)} %." if validation else f"{best.name} is finished."
+    if rivals > 1:
+        text = f"{best.name} is the best of {rivals} settings by validation accuracy ({spread(validation)} %)."
     if tests:
-        first = best.done[0].result.test
-        low, high = first.interval_95
-        trust = f"one seed; 95 % interval {low:.1f} to {high:.1f} %"
-        trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else trust
-        text += f" It names {spread(tests)} % of the {first.n:,} test images of {data} correctly ({trust})."
+        test = best.done[0].result["test"]
+        one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
+        trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
+        text += f" It names {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     return text + last
 
 
@@ -339,15 +276,15 @@ def compare(row: Row, other: Row) -> str:
     gain = float(np.mean(a) - np.mean(b))
     text += f" {abs(gain):.2f} points {'better' if gain > 0 else 'worse'} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
     if len(a) < 2 or len(b) < 2:
-        intervals = [each.done[0].result.test.interval_95 for each in (row, other)]
+        intervals = [each.done[0].result["test"]["interval_95"] for each in (row, other)]
         ranges = " and ".join(f"{low:.1f} to {high:.1f} %" for low, high in intervals)
         return (f"{text} One seed cannot tell the setting from chance: the choice of test images alone leaves {ranges} "
                 "(95 % Wilson intervals), and the chance of the seed comes on top.")  # fmt: skip
-    p, low, high = welch(a, b)
+    p = welch(a, b)
     if math.isnan(p):
         return f"{text} The seeds of neither vary, so no test can be made."
-    text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart: {len(a)} against {len(b)} seeds, Welch's t test "
-             f"{'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}, difference {low:+.2f} to {high:+.2f} points (95 % interval).")
+    text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({len(a)} against {len(b)} seeds, "
+             f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
     return text + (" Which of the changes did it, these runs do not tell." if len(keys) > 1 and p < 0.05 else "")
 
 
@@ -364,16 +301,35 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
                       "validation accuracy, so that the test images stay unseen until the end."))  # fmt: skip
     gaps, flat = [], []
     for row in (row for row in finished if row.accuracies("validation")):
-        train, seen = (float(np.mean([run.kept[f"{part}_accuracy"] for run in row.done])) for part in ("train", "validation"))
+        kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
+        train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
         gaps.append(f"{row.name} {train:.1f} against {seen:.1f} % ({train - seen:+.1f} points)")
-        curves = [curve([run], "validation_accuracy")[0] for run in row.done]
+        curves = [run.curve("validation_accuracy") for run in row.done]
         flat.append(f"{span(int((c >= c.max() - 1).argmax()) + 1 for c in curves)} of {row.setting.epochs} ({row.name})")
     if gaps:
-        found.append(("Overfitting", f"Training against validation accuracy at the kept epoch: {join(gaps)}. Training "
-                      "accuracy is counted during the epoch, on augmented images."))  # fmt: skip
+        found.append(("Overfitting", f"Training against validation accuracy at the kept epoch: {join(gaps)}. Training accuracy "
+                      "is counted during the epoch, on augmented images.".replace("(-", "(−")))  # fmt: skip
         text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
         found.append(("Where the curves flatten", text))
     return found
+
+
+def machine(row: Row) -> dict[str, str]:
+    """List the data, machine and versions of a row."""
+
+    def seen(*keys: str) -> str:
+        values = [[run.environment.get(key, "unknown") for key in keys] for run in row.runs if run.metrics]
+        texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
+        return " or ".join(dict.fromkeys(texts)) or "no epoch finished"
+
+    marked = [f"seed {run.seed}, {run.result['not_bit_exact']}" for run in row.done if run.result.get("not_bit_exact")]
+    return {
+        "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
+        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none yet",
+        "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
+        "PyTorch, Python": seen("torch", "python"), "resnet-cifar10, git commit": seen("package", "git_commit"),
+        "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
+    }  # fmt: skip
 
 
 # --- plots ---
@@ -394,11 +350,13 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": INK, "font.size": 9,
-             "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": MUTED, "axes.titlesize": 9, "axes.grid": True,
-             "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
-             "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED,
-             "ytick.labelcolor": MUTED, "lines.linewidth": 1.4}  # fmt: skip
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": INK, "font.size": 9,
+        "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": MUTED, "axes.titlesize": 9, "axes.grid": True,
+        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
+        "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED, "lines.linewidth": 1.4,
+    }  # fmt: skip
     png, svg = io.BytesIO(), io.StringIO()
     with matplotlib.rc_context(style):
         figure = Figure(size, layout="constrained")
@@ -406,19 +364,21 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     # Inside HTML a drawing needs no name spaces; size, font and colours (light or dark) are the page's.
-    box, body = re.search(r'<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', svg.getvalue(), re.DOTALL).groups()  # type: ignore[union-attr]
+    opening, body = svg.getvalue().split("<svg", 1)[1].split(">", 1)
     body = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"', "", body, flags=re.DOTALL)
     for colour, shade in SHADES.items():
         body = body.replace(colour, f"var(--{shade})")
-    return Picture(f"plots/{name}.png", alt, png.getvalue(), f"<svg {box} aria-hidden='true'>{body}")
+    box = opening.split('viewBox="')[1].split('"')[0]
+    return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
 
 
-def plot_curve(axes: Any, values: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
+def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
-    epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(epochs, values.mean(0), color=line[0], linestyle=line[1])
-    if len(values) > 1:
-        axes.fill_between(epochs, values.min(0), values.max(0), color=line[0], alpha=0.18, linewidth=0)
+    epochs = np.arange(1, curves.shape[1] + 1)
+    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(curves) > 1:
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -426,31 +386,32 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     low, high = axes.get_ylim()
     step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
-    for i, (height, text, colour) in enumerate(sorted(ends)):
+    for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
         place = max(place + step, min((height - low) / (high - low), 1 - step * (len(ends) - 1 - i)), 0)
         axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")
 
 
-def plot_all(rows: Sequence[Row]) -> Picture:
-    """Plot the validation accuracy of all settings: whole on the left, the top enlarged on the right."""
-    curves = [curve(row.shown, "validation_accuracy") for row in rows]
-    lines = [LINES[i % len(LINES)] for i in range(len(rows))]
-    highest = [float(values.mean(0).max()) for values in curves]
+def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
+    """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged."""
+    title = "the top, enlarged" if enlarged else "the whole range"
+    highest = [float(row.curves("validation_accuracy").mean(0).max()) for row in rows]
 
     def paint(figure: Any) -> None:
-        whole, top = figure.subplots(1, 2)
-        for axes, title in ((whole, "whole"), (top, "the top, enlarged")):
-            for values, line in zip(curves, lines, strict=True):
-                plot_curve(axes, values, line)
-            axes.set_title(title, loc="left")
-            axes.set_xlabel("epoch")
-        whole.set_ylabel("validation accuracy (%)")
-        top.set_ylim(min(highest) - 3, max(highest) + 0.7)
-        names = [row.name[:32] + ("" if row.done else " (unfinished)") for row in rows]
-        label_ends(top, [(float(c.mean(0)[-1]), name, line[0]) for c, name, line in zip(curves, names, lines, strict=True)])
+        axes, ends = figure.subplots(), []
+        for i, row in enumerate(rows):
+            curves, line = row.curves("validation_accuracy"), LINES[i % len(LINES)]
+            plot_curves(axes, curves, line)
+            name = row.name if len(row.name) < 25 else f"{row.name[:23]}…"
+            ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
+        if enlarged:
+            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
+        label_ends(axes, ends)
 
     reached = join([f"{row.name} {value:.1f} %" for row, value in zip(rows, highest, strict=True)])
-    return draw("all-settings", f"Validation accuracy by epoch; highest: {reached}", (8.6, 3.3), paint)
+    alt = f"Validation accuracy by epoch, {title}; highest: {reached}"
+    return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
 
 
 def plot_one(row: Row, number: int) -> Picture:
@@ -458,43 +419,45 @@ def plot_one(row: Row, number: int) -> Picture:
     colour = LINES[number % len(LINES)][0]
 
     def paint(figure: Any) -> None:
-        axes, rate = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        train, validation = (curve(row.shown, f"{part}_accuracy") for part in ("train", "validation"))
-        plot_curve(axes, train, (MUTED, (0, (1.5, 1))))
-        plot_curve(axes, validation, (colour, "-"))
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        train, validation, lr = (row.curves(key) for key in ("train_accuracy", "validation_accuracy", "lr"))
+        plot_curves(axes, train, (MUTED, (0, (1.5, 1))))
+        plot_curves(axes, validation, (colour, "-"))
         for run in row.done:
-            axes.plot(run.result.best_epoch, run.kept["validation_accuracy"], "o", color=colour, markeredgecolor="white")
-        axes.set_ylim(min(train.min(), np.nanmin(validation, initial=100)) - 2, 101)
-        axes.set_ylabel("accuracy (%)")
-        label_ends(axes, [(float(train.mean(0)[-1]), "training", MUTED), (float(validation.mean(0)[-1]), "validation", colour)])
-        lr = curve(row.shown[:1], "lr")[0]
-        rate.plot(np.arange(1, len(lr) + 1), lr, color=MUTED, linewidth=1)
-        rate.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
+            epoch = run.result["best_epoch"]
+            axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
+        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0]), 101))
+        label_ends(axes, [(train.mean(0)[-1], "training", MUTED), (validation.mean(0)[-1], "validation", colour)])
+        plot_curves(below, lr[:1], (MUTED, "-"))
+        below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
 
     alt = f"{row.name}: training and validation accuracy by epoch, the learning rate below"
-    return draw(f"{number + 1}-{slug(row.name)}", alt, (4.6, 3.1), paint)
+    return draw(f"{number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
 
 
-def plot_confusion(metrics: Any, split: str) -> Picture:
+def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
     """Plot how many images of each true class (rows) were taken for each class (columns)."""
     from matplotlib.patches import Rectangle
 
-    names = list(metrics.per_class)
+    names, counts = list(metrics["per_class"]), np.array(metrics["confusion"])
+    side = min(12, max(4.4, 0.4 * len(names) + 0.8))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.grid(visible=False)
-        for (true, taken), count in np.ndenumerate(np.array(metrics.confusion)):
-            share = count / max(1, sum(metrics.confusion[true]))
-            colour = "#ffffff" if share > 0.4 else INK
-            axes.add_patch(Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0))
-            axes.text(taken, true, str(count or ""), ha="center", va="center", fontsize=8, color=colour)
-        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal", xlabel="taken for", ylabel="is")
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        for true, taken in np.argwhere(counts):
+            share = counts[true, taken] / counts[true].sum()
+            cell = Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0)
+            axes.add_patch(cell)
+            axes.text(taken, true, str(counts[true, taken]), ha="center", va="center", fontsize=min(8, 20 * side / len(names)),
+                      color=PAPER if share > 0.4 else INK, in_layout=False)  # fmt: skip
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
+        axes.set(xlabel="taken for", ylabel="true class")
+        size = min(9, 60 * side / len(names))
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
 
-    side = max(4.4, 0.4 * len(names) + 0.8)
-    return draw("confusion", f"Confusion matrix of {metrics.n:,} {split} images", (side, side), paint)
+    return draw("confusion", f"Confusion matrix of {metrics['n']:,} {split} images", (side, side), paint)
 
 
 # --- pages ---
@@ -502,47 +465,20 @@ def plot_confusion(metrics: Any, split: str) -> Picture:
 
 def best_section(best: Row) -> dict[str, Any] | None:
     """Show the best run of the best setting: confusion, classes, calibration; None where nothing was evaluated."""
-    run = max(best.done, key=lambda each: each.result.validation.accuracy if each.result.validation else 0)
-    split, metrics = ("test", run.result.test) if run.result.test else ("validation", run.result.validation)
-    if metrics is None:
+    run = max(best.done, key=lambda each: (each.result["validation"] or {"accuracy": 0})["accuracy"])
+    split = "test" if run.result["test"] else "validation"
+    m = run.result[split]
+    if not m:
         return None
-    names = list(metrics.per_class)
-    wrong = sorted((-count, i, j) for i, row in enumerate(metrics.confusion) for j, count in enumerate(row) if i != j and count)
-    pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(metrics.confusion[i]):,})" for count, i, j in wrong[:3]]
-    m = metrics
-    calibration = (f"Confidence and accuracy are {m.calibration_error:.1f} points apart on average (expected calibration error) "
-                   f"and the log-loss is {m.negative_log_likelihood:.3f}; dividing the logits by the temperature "
-                   f"{m.temperature:.2f}, found on validation images, brings that to {m.calibration_error_scaled:.1f} points "
-                   f"and {m.negative_log_likelihood_scaled:.3f}.")  # fmt: skip
+    names, counts = list(m["per_class"]), m["confusion"]
+    wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
+    pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
+    text = (f"Confidence and accuracy are {m['calibration_error']:.1f} points apart on average (expected calibration error) "
+            f"and the log-loss is {m['negative_log_likelihood']:.3f}; dividing the logits by the temperature "
+            f"{m['temperature']:.2f}, found on validation images, brings that to {m['calibration_error_scaled']:.1f} points "
+            f"and {m['negative_log_likelihood_scaled']:.3f}.")  # fmt: skip
     return {"name": best.name, "seed": run.seed, "split": split, "metrics": m, "folder": run.folder, "confused": join(pairs),
-            "calibration": calibration, "confusion": plot_confusion(m, split)}  # fmt: skip
-
-
-def machine(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """List data, machine and versions, for each setting apart where they differ."""
-
-    def seen(*keys: str) -> str:
-        def describe(row: Row) -> str:
-            texts = [", ".join(f"{run.environment.get(key, 'unknown')}" for key in keys) for run in row.runs if run.metrics]
-            return " or ".join(dict.fromkeys(texts)) or "no epoch finished"
-
-        return shared(rows, describe)
-
-    tests = shared(rows, lambda row: span(run.result.test.n for run in row.done if run.result.test) or "none yet")
-    marked = [f"{row.name}, seed {run.seed}, {run.result.not_bit_exact}"
-              for row in rows for run in row.done if run.result.not_bit_exact]  # fmt: skip
-    return [
-        ("Data", seen("data")),
-        ("Training images", seen("training_images")),
-        ("Validation images", seen("validation_images")),
-        ("Test images", tests),
-        ("Processor", seen("processor")),
-        ("Device, threads", seen("device", "threads")),
-        ("Precision", seen("precision")),
-        ("PyTorch, Python", seen("torch", "python")),
-        ("resnet-cifar10, git commit", seen("package", "git_commit")),
-        ("Not bit-exact", "; ".join(marked) or "no run: each equals an uninterrupted one on its machine"),
-    ]
+            "calibration": text, "confusion": plot_confusion(m, split)}  # fmt: skip
 
 
 def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str, Any]]:
@@ -568,17 +504,17 @@ def markdown(value: Any) -> Any:
     return re.sub(r"([\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w))", r"\\\1", value).replace("\n", "<br>")
 
 
+def portable(path: str | Path) -> str:
+    """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
+    if Path(path).is_relative_to(Path.cwd()):
+        return str(Path(path).relative_to(Path.cwd()))
+    return Path(path).name if Path(path).is_absolute() else str(path)
+
+
 def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None) -> Path:
-    """Write report.html (one file), report.md and plots/ from the run folders under `folders`.
+    """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
-    Args:
-        folders: What `train --out` wrote, or single run folders.
-        out: The folder to write into.
-        photos: Photos to classify and show.
-        photo_model: The model that classifies them; None: the best run.
-
-    Returns:
-        out / "report.html".
+    The photos are classified by `photo_model`, or else by the best run. Returns the path of report.html.
 
     Raises:
         ValueError: If a run, a photo or the model cannot be read, or `out` is a file.
@@ -589,70 +525,64 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(f"the report needs {error.name}: pip install 'resnet-cifar10[report]'") from None
-    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
-        raise ValueError(f"{out}: is a file or lies below one; allowed: a folder")
+    if any(path.exists() and not path.is_dir() for path in (out, out / "plots", *out.parents)):
+        raise ValueError(f"{out}: is a file, or lies in one; allowed: a folder")
     rows = read_rows(folders)
     best = best_of(rows)
     section = best_section(best) if best else None
-    classifier = None
-    if photos:
-        if not photo_model and not section:
-            raise ValueError("--photo: no run is finished that could classify; name a model with --photo-model")
-        classifier = Classifier(photo_model or section["folder"])  # type: ignore[index]
-    data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
-    drawn = [row for row in rows if row.shown[0].metrics]
-    overview = plot_all(drawn) if drawn else None
-    plots = [(row, plot_one(row, number)) for number, row in enumerate(drawn)]
+    model = photo_model or (section and section["folder"])
+    if photos and not model:
+        raise ValueError("--photo: no run is finished that could classify photos; name a model with --photo-model")
+    classifier = Classifier(model) if photos and model else None
     cards = classified(photos, classifier) if classifier else []
-    paths = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo)),
-             *(["--photo-model", photo_model] if photo_model else [])]  # fmt: skip
+    started = [row for row in rows if row.curves("lr").size]
+    validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
+    finals = [row.curves("validation_accuracy").mean(0).max() for row in validated if row.done]
+    overview = [plot_all(validated, enlarged=False)] if validated else []
+    overview += [plot_all(validated, enlarged=True)] if finals and np.ptp(finals) < 10 else []
+    plots = [(row, plot_one(row, number)) for number, row in enumerate(started)]
+    data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
+    options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
+    options += ["--photo-model", photo_model] if photo_model else []
     content = {
-        "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "legend": legend(rows),
+        "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
-        "overview": overview, "plots": plots, "findings": findings(rows, best), "best": section, "photos": cards,
-        "classifier": classifier, "machine": machine(rows),
-        "command": shlex.join(["resnet-cifar10", "report", *map(_portable, paths)]),
+        "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
+        "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards, "classifier": classifier,
+        "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
-    options: Any = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined,
-                    "trim_blocks": True, "lstrip_blocks": True}  # fmt: skip
-    page = jinja2.Environment(autoescape=True, **options).get_template("report.html.j2").render(content)
-    text = jinja2.Environment(finalize=markdown, **options).get_template("report.md.j2").render(content)
-    pictures = [overview, *(plot for _, plot in plots), section and section["confusion"], *(card["picture"] for card in cards)]
-    for picture in filter(None, pictures):
+    settings: Any = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined,
+                     "trim_blocks": True, "lstrip_blocks": True}  # fmt: skip
+    page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
+    text = jinja2.Environment(finalize=markdown, **settings).get_template("report.md.j2").render(content)
+    pictures = [*overview, *(plot for _, plot in plots), *(card["picture"] for card in cards)]
+    for picture in [*pictures, section["confusion"]] if section else pictures:
         write(out / picture.file, picture.content)
     write(out / "report.md", text)
     write(out / "report.html", page)
     return out / "report.html"
 
 
-def _portable(path: str | Path) -> str:
-    """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
-    if Path(path).is_relative_to(Path.cwd()):
-        return str(Path(path).relative_to(Path.cwd()))
-    return Path(path).name if Path(path).is_absolute() else str(path)
-
-
 def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     """Pack the sources and the report into one archive for handing in; equal files give equal bytes.
 
     Raises:
-        ValueError: If there is no report, no source checkout, or the archive cannot be written.
+        ValueError: If there is no report or no source checkout, or `out_zip` is no name of a zip file.
 
     """
-    for needed in (report_folder / "report.html", package_root / "pyproject.toml", package_root / "resnet_cifar10"):
-        if not needed.exists():
-            raise ValueError(f"{needed}: missing; packing needs a written report and a source checkout")
+    for needed in (report_folder / "report.html", package_root / "pyproject.toml"):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
     if out_zip.suffix.lower() != ".zip" or out_zip.is_dir():
-        raise ValueError(f"{out_zip}: allowed: the name of a file that ends in .zip")
-    files = {Path("report") / name: report_folder / name for name in ("report.html", "report.md")}
-    files |= {Path("report/plots") / file.name: file for file in (report_folder / "plots").iterdir()}
-    for name in SOURCES:
-        tree = package_root / name
-        for file in tree.rglob("*") if tree.is_dir() else [tree]:
-            if file.is_file() and "__pycache__" not in file.parts and not file.name.endswith(".pyc"):
+        raise ValueError(f"{out_zip}: allowed: a file name that ends in .zip")
+    files = {Path("report") / file.relative_to(report_folder): file
+             for file in (*report_folder.glob("report.*"), *report_folder.glob("plots/*"))}  # fmt: skip
+    for source in (package_root / name for name in SOURCES):
+        for file in (source, *source.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
                 files[file.relative_to(package_root)] = file
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for inside, file in sorted(files.items()):
             archive.writestr(zipfile.ZipInfo(f"{out_zip.stem}/{inside.as_posix()}"), file.read_bytes(), zipfile.ZIP_DEFLATED)
-    write(out_zip, buffer.getvalue())
+    write(out_zip, content.getvalue())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ MAX_FILE_BYTES = 1_000_000
 class Setting(BaseModel):
     """One frozen row of the table. The default values are those of He et al. 2015, section 4.2."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field(min_length=1, max_length=80)
     model: str = "resnet32"  # resnet<depth>, depth = 6n + 2
@@ -66,7 +67,7 @@ class Setting(BaseModel):
         )  # fmt: skip
         for key, right, allowed in checks:
             if not right:
-                raise ValueError(f"key '{key}': found {getattr(self, key)!r}; allowed: {allowed}")
+                raise ValueError(f"key '{key}': found {_short(getattr(self, key))}; allowed: {allowed}")
         return self
 
     @property
@@ -133,13 +134,14 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
 
 
 def _parse(path: Path, number: int, row: dict[str, Any]) -> Setting:
-    where = f"{path}: setting {row['name']!r}" if isinstance(row.get("name"), str) else f"{path}: setting number {number}"
+    name = row.get("name")
+    where = f"{path}: setting {_short(name)}" if isinstance(name, str) else f"{path}: setting number {number}"
     try:
         return Setting.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        found = _one_line(repr(first["input"]))
+        found = _short(first["input"])
         match first["type"]:
             case "extra_forbidden":
                 near = difflib.get_close_matches(key, Setting.model_fields, n=1, cutoff=0)[0]
@@ -150,9 +152,16 @@ def _parse(path: Path, number: int, row: dict[str, Any]) -> Setting:
                 message = _one_line(first["ctx"]["error"])
             case _:
                 message = f"key '{key}': found {found}; {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise ValueError(f"{_one_line(where)}: {message}") from None
+        raise ValueError(f"{where}: {message}") from None
+
+
+def _short(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of an int with more digits than Python prints
+        return "a huge number"
 
 
 def _one_line(text: object) -> str:
-    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
     return line if len(line) <= 160 else line[:157] + "..."

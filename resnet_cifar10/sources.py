@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -22,6 +23,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
 MAX_BATCH_BYTES = 100_000_000  # of one batch of the archive; the real ones have 31 MB
+MAX_ARCHIVE_BYTES = 1_000_000_000  # unpacked; the real one has 186 MB
 MAX_IMAGE_PIXELS = 1 << 16  # of one image in a parquet file
 
 
@@ -75,12 +77,13 @@ class _BatchUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = {
             ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # its name since NumPy 2
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
             ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
         }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+            raise pickle.UnpicklingError(f"it asks for {module + '.' + name!r}, which no CIFAR batch needs")
         return known[module, name]
 
 
@@ -88,7 +91,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     try:
         batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a hostile pickle can raise anything
-        raise ValueError(f"{where}: not a CIFAR-10 batch: {error or type(error).__name__}") from None
+        raise ValueError(f"{where}: not a CIFAR-10 batch: {str(error) or type(error).__name__}") from None
     if not isinstance(batch, dict):
         raise ValueError(f"{where}: not a CIFAR-10 batch: found {type(batch).__name__}, not a dictionary")
     return batch
@@ -96,7 +99,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
 
 def _from_pickles(read: Callable[[str], bytes | None], where: Path, split: str, source: str) -> Split | None:
     meta = read("batches.meta")
-    names = _unpickle(meta, f"{where}: batches.meta").get("label_names") if meta else list(CIFAR10_CLASSES)
+    names = _unpickle(meta, f"{where}: batches.meta").get("label_names") if meta is not None else list(CIFAR10_CLASSES)
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where}: batches.meta: 'label_names' is not a list of class names")
     images, labels = [], []
@@ -128,15 +131,22 @@ def _from_archive(archive: Path, split: str) -> Split | None:
     """Read members in memory, in one pass; nothing is extracted, so no name or link in it can do harm."""
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        open_it: Any = open if archive.suffix == ".tar" else gzip.open
+        with open_it(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
+                if tar.offset + member.size > MAX_ARCHIVE_BYTES:
+                    raise ValueError(f"{archive}: larger than {MAX_ARCHIVE_BYTES:,} bytes when unpacked")
                 name = Path(member.name).name
                 if member.isfile() and name in (*BATCHES[split], "batches.meta"):
                     if member.size > MAX_BATCH_BYTES or name in members:
                         raise ValueError(f"{archive}: {name} is there twice or larger than {MAX_BATCH_BYTES:,} bytes")
                     members[name] = tar.extractfile(member).read()  # type: ignore[union-attr]  # it is a file
+            while stream.read(1 << 20) and stream.tell() < MAX_ARCHIVE_BYTES:
+                pass  # to the end: only there does gzip check what it has read
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{archive}: damaged or truncated archive: {error}") from None
+    if missing := {*BATCHES[split], "batches.meta"} - members.keys():
+        raise ValueError(f"{archive}: damaged or truncated archive: lacks {', '.join(sorted(missing))}")
     return _from_pickles(members.get, archive, split, "CIFAR-10 (python archive)")
 
 
@@ -150,7 +160,8 @@ def _from_parquet(folder: Path, split: str) -> Split | None:
     blobs: list[bytes | None] = []
     labels: list[int] = []
     names = CIFAR10_CLASSES
-    files = sorted(file for file in folder.rglob("*.parquet") if file.name.replace(".", "-").split("-")[0] == split)
+    names_of = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+    files = sorted(file for file in folder.rglob("*.parquet") if file.name.replace(".", "-").split("-")[0] in names_of[split])
     for file in files:
         try:
             table = pq.read_table(file)
@@ -192,7 +203,8 @@ def _jpeg_quality(image: Image.Image) -> int:
 
 
 def _from_class_folders(path: Path, split: str) -> Split | None:
-    parts = {part: sorted(entry.name for entry in (path / part).iterdir() if entry.is_dir())
+    parts = {part: sorted(entry.name for entry in (path / part).iterdir()
+                          if entry.is_dir() and entry.name[0] != ".")
              for part in BATCHES if (path / part).is_dir()}  # fmt: skip
     if split not in parts:
         return None

@@ -531,11 +531,11 @@ def test_mixup_mixes_pixels_and_targets_in_the_same_shares():
     split = Split(colours[:, None, None, None].expand(10, 32, 32, 3).contiguous(), torch.arange(10), CLASS_NAMES, "plain")
     shares = []
     for epoch in range(1, 31):
-        images, targets = epoch_of(split, "mixup", batch_size=10, epoch=epoch)
+        images, targets = epoch_of(split, "mixup", batch_size=5, epoch=epoch)
         assert images.dtype == torch.uint8 and targets.dtype == torch.float32
         assert targets.sum(1).tolist() == pytest.approx([1.0] * 10) and (targets >= 0).all()
         assert ((targets > 0).sum(1) <= 2).all()
         expected = targets @ colours.float()
         assert float((images.float() - expected[:, None, None, None]).abs().max()) <= 0.51  # rounded to whole levels
-        shares.append(round(float(targets.max()), 4))
+        shares.append(round(float(targets.max(1).values.min()), 4))
     assert len(set(shares)) > 15  # beta(0.2, 0.2) is often near 0 or 1, but not a constant

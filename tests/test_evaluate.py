@@ -24,7 +24,7 @@ def random_case(n: int = 500, classes: int = 7, seed: int = 0) -> tuple[torch.Te
     return logits, labels
 
 
-def calibrated_case(n: int = 20_000, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def calibrated_case(n: int = 8_000, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits whose softmax is the very distribution that the labels are drawn from."""
     rng = torch.Generator().manual_seed(1)
     logits = 1.5 * torch.randn(n, classes, generator=rng)
@@ -92,8 +92,9 @@ def plain_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: in
 
 
 @pytest.mark.parametrize("bins", [1, 10, 15])
-def test_calibration_error_equals_a_plain_loop(bins):
-    logits, labels = random_case(seed=4)
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_calibration_error_equals_a_plain_loop(bins, seed):
+    logits, labels = random_case(60, seed=seed)  # few images: gaps of both signs
     assert ev.calibration_error(logits, labels, bins) == pytest.approx(plain_calibration_error(logits, labels, bins), abs=1e-9)
 
 
@@ -107,10 +108,16 @@ def test_calibration_error_by_hand(confidence, hits, error):
     assert ev.calibration_error(logits, labels) == pytest.approx(error, abs=1e-5)
 
 
-def test_gaps_of_opposite_sign_in_two_bins_do_not_cancel():
-    logits = torch.tensor([0.6, 0.9], dtype=torch.float64).logit().repeat_interleave(10)[:, None] * torch.tensor([1.0, 0.0])
-    labels = torch.tensor([0] * 9 + [1] + [0] * 6 + [1] * 4)  # 90 % right where 60 % are claimed, and the reverse
-    assert ev.calibration_error(logits, labels) == pytest.approx(30, abs=1e-9)
+def test_gaps_of_opposite_sign_in_neighbouring_bins_do_not_cancel():
+    logits = torch.tensor([0.9, 0.95], dtype=torch.float64).logit().repeat_interleave(20)[:, None] * torch.tensor([1.0, 0.0])
+    labels = torch.tensor([0] * 20 + [0] * 15 + [1] * 5)  # 100 % right where 90 % are claimed, 75 % where 95 % are
+    assert ev.calibration_error(logits, labels) == pytest.approx(15, abs=1e-9)
+
+
+def test_full_confidence_belongs_to_the_last_bin():
+    logits = torch.tensor([0.95, 1.0], dtype=torch.float64).logit().clamp(max=100).repeat_interleave(10)[:, None]
+    labels = torch.tensor([0] * 10 + [0] * 9 + [1])  # gaps of -5 and +10 points in one bin
+    assert ev.calibration_error(logits * torch.tensor([1.0, 0.0]), labels) == pytest.approx(2.5, abs=1e-9)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 0.4])

@@ -214,7 +214,7 @@ def layers(network: ResNet) -> list[nn.Conv2d | nn.Linear]:
 )
 def test_initial_weights_are_normal_with_the_variance_of_the_paper(weight_init, activation, variance):
     torch.manual_seed(0)
-    network = ResNet(20, activation=activation, weight_init=weight_init)
+    network = ResNet(56, activation=activation, weight_init=weight_init)
     scaled = []
     for layer in layers(network):
         pixels = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
@@ -224,7 +224,9 @@ def test_initial_weights_are_normal_with_the_variance_of_the_paper(weight_init, 
         assert float(scaled[-1].std()) == pytest.approx(1, abs=5 / math.sqrt(2 * n))  # five standard errors
         assert float(scaled[-1].mean()) == pytest.approx(0, abs=5 / math.sqrt(n))
         assert layer.bias is None or not layer.bias.any()
-    within_one = (torch.cat(scaled).abs() < 1).double().mean()
+    everything = torch.cat(scaled)
+    assert float(everything.std()) == pytest.approx(1, abs=5 / math.sqrt(2 * len(everything)))
+    within_one = (everything.abs() < 1).double().mean()
     assert float(within_one) == pytest.approx(0.6827, abs=0.005)  # of a normal distribution; 0.577 of a uniform one
 
 

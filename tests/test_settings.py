@@ -24,7 +24,8 @@ def test_assignment_is_the_table_asked_for():
     common = {
         "batch_size": 128, "activation": "relu", "weight_init": "he_normal", "optimizer": "sgd", "momentum": 0.9,
         "nesterov": False, "lr": 0.1, "epochs": 200, "normalization": "batch", "weight_decay": 1e-4,
-        "augmentation": "crop_flip", "block": "post", "shortcut": "identity", "label_smoothing": 0.0, "warmup": 0.0, "validation_size": 5_000,
+        "augmentation": "crop_flip", "block": "post", "shortcut": "identity",
+        "label_smoothing": 0.0, "warmup": 0.0, "validation_size": 5_000,
     }  # fmt: skip
     rows = {
         "Setting #1": {"model": "resnet32", "lr_decay": "none", "patience": 60},

@@ -1,0 +1,36 @@
+"""Where the network looked: the class-activation map of a photo, drawn over it (Zhou et al. 2016, section 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .infer import Classifier
+from .photo import SIZE
+
+LONGEST_SIDE = 640  # pixels of the drawn picture
+OPACITY = 0.65  # of the colour over the photo
+# Five colours of matplotlib's "inferno" (CC0), from cold to hot. Its lightness only rises, so it reads the same to
+# colour-blind eyes and in grey: cold parts of the photo are darkened, hot ones glow.
+COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+
+
+def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Say how much each place of the whole picture spoke for a class: float32 [8, 8], in logits times temperature."""
+    whole = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BOX))
+    (maps,) = classifier.session.run(["activation_map"], {"images": whole[None]})
+    return maps[0, classifier.classes.index(label)]  # type: ignore[no-any-return]
+
+
+def heat_map(photo: Image.Image, activation: np.ndarray[Any, np.dtype[np.float32]]) -> Image.Image:
+    """Lay an activation map [8, 8] over its photo: what spoke against the class is cold, the highest place is hottest."""
+    scale = min(1.0, LONGEST_SIDE / max(photo.size))
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+    positive = activation.clip(min=0)
+    levels = (255 * positive / (positive.max() or 1)).round().astype(np.uint8)
+    heat = np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BILINEAR))
+    stops = np.linspace(0, 255, len(COLOURS))
+    table = np.stack([np.interp(np.arange(256), stops, channel) for channel in COLOURS.T], axis=1).round().astype(np.uint8)
+    return Image.blend(photo.resize(size, Image.Resampling.BOX), Image.fromarray(table[heat]), OPACITY)

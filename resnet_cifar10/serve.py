@@ -1,0 +1,280 @@
+"""The web page and its JSON interface: photos in, predictions out, nothing stored, nothing fetched from the network.
+
+Photos are decoded in processes of their own, because nothing else can stop a decoder: a JPEG of 350 KB, made of hundreds
+of scans, keeps libjpeg busy for minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import re
+import signal
+import socket
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from hashlib import sha256
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+try:
+    import python_multipart  # noqa: F401  (Starlette reads forms with it)
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.datastructures import Headers, MutableHeaders, UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as missing:
+    raise ValueError(f"the web page needs {missing.name}: pip install 'resnet-cifar10[serve]'") from None
+
+from .explain import activation, heat_map
+from .infer import Classifier
+from .photo import read_photo, views
+
+UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive
+FILES = 20  # of one request
+SECONDS = 20.0  # to receive a request, to wait for a worker, and for each photo
+WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels, about 1 GB while it is read
+IN_FLIGHT = 40  # requests that are received, waiting or worked on; more are told to come back
+COME_BACK = {"Retry-After": "1"}  # seconds
+PAGE = Path(__file__).with_name("page.html")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",  # the page has its own
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
+
+
+def _answer(classifier: Classifier, content: bytes, explain: bool) -> dict[str, Any]:
+    try:
+        if not content:
+            raise ValueError("the file is empty")
+        photo = read_photo(BytesIO(content))
+    except ValueError as error:
+        return {"error": str(error).removeprefix("standard input: ")}
+    prediction = classifier.classify(views(photo))
+    answer = asdict(prediction)
+    if explain:
+        file = BytesIO()
+        heat_map(photo, activation(classifier, photo, prediction.label)).save(file, "JPEG", quality=85)
+        answer["heat_map"] = f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
+    return answer
+
+
+def _work(pipe: Connection, model: str, seconds: float) -> None:
+    """Answer one photo after the other until the pipe closes; a photo that takes too long ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
+    classifier = Classifier(model)
+    while True:
+        try:
+            explain, content = bool(pipe.recv_bytes()), pipe.recv_bytes()
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        answer = _answer(classifier, content, explain)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        pipe.send_bytes(json.dumps(answer).encode())
+
+
+class _Worker:
+    """A process that classifies; after a photo that takes too long or crashes it comes a new one."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the server's threads and sockets
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, self.model, SECONDS), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self, content: bytes, explain: bool) -> dict[str, Any]:
+        """Classify a photo: the fields of a prediction, or the key "error"."""
+        if not self.process.is_alive():
+            self.start()
+        try:
+            self.pipe.send_bytes(b"explain" if explain else b"")
+            self.pipe.send_bytes(content)
+            return json.loads(self.pipe.recv_bytes())  # type: ignore[no-any-return]
+        except (EOFError, OSError):  # the process has ended
+            self.process.join()
+            slow = self.process.exitcode == -signal.SIGALRM
+            return {"error": f"takes longer than {SECONDS:g} seconds to read" if slow else "damaged: it crashed its decoder"}
+
+
+class _Upload(Request):
+    async def stream(self) -> AsyncIterator[bytes]:  # type: ignore[override]
+        received = 0
+        async for chunk in super().stream():
+            received += len(chunk)
+            if received > UPLOAD_BYTES:
+                raise HTTPException(413, f"at most {UPLOAD_BYTES // 1_000_000} MB at once; several photos can come one by one")
+            yield chunk
+
+
+class _FormParser(MultiPartParser):
+    spool_max_size = UPLOAD_BYTES  # no upload touches the disk
+
+
+async def _files(request: Request) -> list[tuple[str, bytes]]:
+    """Read the files of a request and their names, which are for display only."""
+    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return [("-", await request.body())]
+    if kind != "multipart/form-data":
+        raise HTTPException(415, f"Content-Type {kind}: allowed are image/*, application/octet-stream, multipart/form-data")
+    try:
+        form = await _FormParser(request.headers, request.stream(), max_files=FILES, max_fields=FILES).parse()
+    except MultiPartException as error:
+        raise HTTPException(400, error.message) from None
+    files = [(_shown(value.filename), await value.read()) for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    if not files:
+        raise HTTPException(422, "the form holds no file")
+    return files
+
+
+def _shown(name: str | None) -> str:
+    last = (name or "").replace("\\", "/").rpartition("/")[2]
+    return "".join(character for character in last if character.isprintable()).strip(". ")[:100] or "-"
+
+
+def application(model: str, host: str) -> ASGIApp:
+    """Make the ASGI application for a model. The Host header may have localhost, the address that was reached, or `host`.
+
+    Raises:
+        ValueError: If the model is missing or damaged.
+
+    """
+    config = Classifier(model).config
+    slots, idle = asyncio.Semaphore(IN_FLIGHT), asyncio.Queue[_Worker]()
+    html = PAGE.read_bytes()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        workers = [_Worker(model) for _ in range(WORKERS)]
+        for worker in workers:
+            idle.put_nowait(worker)
+        yield
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+    async def page(_: Request) -> Response:
+        return Response(html, media_type="text/html", headers={"Content-Security-Policy": _policy(html)})
+
+    async def about(_: Request) -> Response:
+        known = {key: config.get(key) for key in ("architecture", "classes", "data", "accuracy")}
+        return JSONResponse({**known, "upload_bytes": UPLOAD_BYTES})
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def classify(request: Request) -> Response:
+        if slots.locked():
+            raise HTTPException(503, "too many photos at once", COME_BACK)
+        explain = request.query_params.get("explain") == "1"
+        async with slots:
+            try:
+                async with asyncio.timeout(SECONDS):
+                    files = await _files(_Upload(request.scope, request.receive))
+            except TimeoutError:
+                raise HTTPException(408, f"nothing whole within {SECONDS:g} seconds", {"Connection": "close"}) from None
+            except ClientDisconnect:
+                return Response(status_code=400)  # for nobody
+            answers = [{"file": name, **await answer(content, explain)} for name, content in files]
+        if len(answers) > 1:
+            return JSONResponse(answers)
+        return JSONResponse(answers[0], 422 if "error" in answers[0] else 200)
+
+    async def answer(content: bytes, explain: bool) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(SECONDS):
+                worker = await idle.get()
+        except TimeoutError:
+            raise HTTPException(503, "too much to do at once", COME_BACK) from None
+        try:
+            return await asyncio.to_thread(worker.answer, content, explain)
+        finally:
+            idle.put_nowait(worker)
+
+    async def refuse(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+    routes = [Route("/", page), Route("/api/classify", classify, methods=["POST"]),
+              Route("/api/model", about), Route("/healthz", health)]  # fmt: skip
+    return _guarded(Starlette(routes=routes, exception_handlers={HTTPException: refuse}, lifespan=lifespan), host)
+
+
+def _policy(html: bytes) -> str:
+    """Allow the page its own style and script, pictures that it has, requests to this server, and nothing else."""
+    inline = [re.search(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL) for tag in (b"style", b"script")]
+    style, script = (b64encode(sha256(found[1] if found else b"").digest()).decode() for found in inline)
+    return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src blob: data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+
+
+def _guarded(app: ASGIApp, host: str) -> ASGIApp:
+    """Refuse other host names (DNS rebinding) and what other sites' pages send; add the headers to every answer."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = _refusal(scope, host) if scope["type"] == "http" else None
+        await (JSONResponse({"error": refusal}, 403) if refusal else app)(scope, receive, send_with_headers)
+
+    return guarded
+
+
+def _refusal(scope: Scope, host: str) -> str | None:
+    headers = Headers(scope=scope)
+    address, port = scope["server"]  # where this connection arrived: of a rebound name the header says the name, not this
+    hosts = {_location(name, port) for name in ("localhost", "127.0.0.1", "::1", host.lower(), address.removeprefix("::ffff:"))}
+    hosts |= {location.removesuffix(":80") for location in hosts}
+    if headers.get("host", "").lower() not in hosts:
+        return f"Host {headers.get('host')}: this server is {_location(address, port)}"
+    origin = headers.get("origin")
+    if scope["method"] == "POST" and origin is not None and origin.lower() not in {f"http://{location}" for location in hosts}:
+        return f"Origin {origin}: only this server's own page may send photos"
+    return None
+
+
+def _location(name: str, port: int) -> str:
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+
+def serve(model: str, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; port 0 takes a free one.
+
+    Raises:
+        ValueError: If the model is missing or damaged, or the address cannot be used.
+
+    """
+    app = application(model, host)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{_location(host, port)}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
+    print(f"Open http://{_location(host, listener.getsockname()[1])} in a browser; Ctrl-C ends it.", flush=True)
+    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,103 @@
+"""The commands around training: evaluate, export, the built-in model, help and wrong use."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_cifar10 = pytest.mark.skipif(not (SHARED / "data/cifar10").is_dir(), reason="needs ../shared/data/cifar10")
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert status == 0 or done.stderr.count("\n") == 1
+    return done
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "table.toml").write_text(
+        '[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 1\nvalidation_size = 100\ncompile = false\naugmentation = "none"\n'
+    )
+    run("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs", "--seed", "3", "--seed", "4")
+    return folder / "runs" / "d" / "seed-4"
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
+    result = json.loads((digits_run / "result.json").read_text())
+    for model in (digits_run, digits_run / "model"):
+        metrics = json.loads(run("evaluate", model, "--data", "digits", "--json").stdout)
+        assert (metrics["accuracy"], metrics["n"], metrics["framework"]) == (result["test"]["accuracy"], 359, "pytorch")
+        assert metrics["confusion"] == result["test"]["confusion"]
+    assert f"{metrics['accuracy']:.2f} %" in run("evaluate", digits_run, "--data", "digits").stdout
+
+
+def test_a_model_needs_neither_its_graph_nor_its_card_to_be_evaluated(digits_run: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((digits_run / "model" / name).read_bytes())
+    assert json.loads(run("evaluate", tmp_path, "--data", "digits", "--json").stdout)["n"] == 359
+    run("export", tmp_path, "--out", tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == (digits_run / "model" / "model.onnx").read_bytes()
+
+
+def test_a_model_and_data_of_other_classes_do_not_go_together(digits_run: Path, class_folders: Path) -> None:
+    refused = run("evaluate", digits_run, "--data", class_folders, status=2).stderr
+    assert "red" in refused
+    assert "9" in refused
+
+
+def test_a_changed_weight_is_noticed(digits_run: Path, tmp_path: Path) -> None:
+    content = bytearray((digits_run / "model" / "model.safetensors").read_bytes())
+    content[-5] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "config.json").write_bytes((digits_run / "model" / "config.json").read_bytes())
+    assert "SHA-256" in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
+
+
+def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, tmp_path: Path) -> None:
+    config = json.loads((digits_run / "model" / "config.json").read_text())
+    config["architecture"]["classes"] = 11
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((digits_run / "model" / "model.safetensors").read_bytes())
+    assert "linear.bias" in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
+
+
+@pytest.mark.parametrize(("arguments", "part"), [
+    (["train", "settings/assignment.toml"], "--data"), (["fly"], "fly"), (["infer"], "PHOTO"),
+    (["train", "settings/digits.toml", "--data", "nowhere", "--out", "runs"], "nowhere"),
+    (["train", "settings/digits.toml", "--data", "digits", "--out", "README.md/x"], "is a file"),
+    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--device", "abacus"], "abacus"),
+    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--epochs", "many"], "--epochs"),
+    (["evaluate", "resnet999", "--data", "digits"], "resnet999"),
+])  # fmt: skip
+def test_wrong_use_is_one_line(arguments: list[str], part: str) -> None:
+    assert part in run(*arguments, status=2).stderr
+
+
+def test_help_names_every_command() -> None:
+    text = run().stdout
+    assert all(command in text for command in ("train", "evaluate", "infer", "report", "export", "data"))
+
+
+@needs_cifar10
+def test_the_built_in_model_has_89_percent_of_the_test_images() -> None:
+    metrics = json.loads(run("evaluate", "resnet32", "--data", SHARED / "data/cifar10", "--json").stdout)
+    assert metrics["accuracy"] >= 89.0
+    assert metrics["n"] == 10_000
+    assert metrics["data"] == "CIFAR-10 (JPEG quality 75 copy)"
+
+
+def test_the_built_in_model_knows_a_cat_and_what_is_none_of_these(tmp_path: Path) -> None:
+    data = pytest.importorskip("skimage").data_dir
+    files = [f"{data}/{name}" for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
+    cat, coffee, rocket = json.loads(run("infer", *files, "--json").stdout)
+    assert (cat["label"], cat["rejected"]) == ("cat", False)
+    assert cat["membership"] > max(coffee["membership"], rocket["membership"])

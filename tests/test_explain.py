@@ -1,0 +1,67 @@
+"""Where the network looked: the map of the right class, drawn at the right place in colours that everybody can read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_cifar10.explain import activation, heat_map
+from resnet_cifar10.export import export
+from resnet_cifar10.infer import Classifier
+from resnet_cifar10.model import ResNet
+from resnet_cifar10.storage import save_model
+
+GREY = Image.new("RGB", (160, 80), (128, 128, 128))
+
+
+def lightness(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L")).astype(int)
+
+
+def test_the_brightest_place_is_where_the_map_is_highest() -> None:
+    spot = np.zeros((8, 8), np.float32)
+    spot[1, 6] = 3.0
+    drawn = lightness(heat_map(GREY, spot))
+    y, x = np.unravel_index(drawn.argmax(), drawn.shape)
+    assert (y // 10, x // 20) == (1, 6)
+    assert drawn[79, 0] < 128 < drawn[y, x]
+
+
+def test_more_is_always_lighter_and_what_spoke_against_is_as_cold_as_nothing() -> None:
+    ramp = np.tile(np.linspace(-1, 1, 8, dtype=np.float32), (8, 1))
+    row = lightness(heat_map(GREY, ramp))[40]
+    assert (row[:60] == row[0]).all()
+    assert (np.diff(row[75:150:5]) > 0).all()
+    assert np.array_equal(heat_map(GREY, -np.ones((8, 8), np.float32)), heat_map(GREY, np.zeros((8, 8), np.float32)))
+
+
+def test_the_photo_stays_visible_under_the_colour() -> None:
+    photo = Image.fromarray(np.kron([[0, 1] * 4, [1, 0] * 4] * 4, np.ones((20, 20))).astype(np.uint8) * 255).convert("RGB")
+    for level in (0, 1):
+        drawn = lightness(heat_map(photo, np.full((8, 8), level, np.float32)))
+        assert abs(drawn[10, 10] - drawn[10, 30]) > 60
+
+
+@pytest.mark.parametrize(("size", "drawn"), [((1280, 960), (640, 480)), ((90, 60), (90, 60)), ((1, 5000), (1, 640))])
+def test_large_photos_are_reduced_to_640_pixels_and_small_ones_stay(size: tuple[int, int], drawn: tuple[int, int]) -> None:
+    assert heat_map(Image.new("RGB", size), np.ones((8, 8), np.float32)).size == drawn
+
+
+def test_the_map_of_a_class_says_what_its_logit_says(tmp_path: Path) -> None:
+    temperature = 2.0
+    config = {"architecture": {"depth": 8, "classes": 3}, "classes": ["red", "green", "blue"], "mean": [0.5] * 3,
+              "std": [0.25] * 3, "temperature": temperature, "rejection_threshold": 0.0}  # fmt: skip
+    torch.manual_seed(0)
+    save_model(tmp_path, ResNet(8, 3), config)
+    export(tmp_path, tmp_path / "model.onnx")
+    classifier = Classifier(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    logits = temperature * np.log(classifier.probabilities(pixels))
+    photos = [Image.fromarray(image) for image in pixels]
+    maps = np.array([[activation(classifier, photo, label) for label in classifier.classes] for photo in photos])
+    assert maps.shape == (2, 3, 8, 8)
+    (first, second), (expected_first, expected_second) = maps.mean(axis=(2, 3)), logits
+    difference, expected = first - second, expected_first - expected_second  # of two pictures: the biases cancel
+    assert np.allclose(difference - difference[0], expected - expected[0], atol=1e-3)

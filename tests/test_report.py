@@ -1,0 +1,335 @@
+"""The report: what a reader finds in it, and what it refuses to read or to claim."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import CLASSES, ROOT, one_line
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from scipy import stats
+
+from resnet_cifar10.evaluate import wilson_interval
+from resnet_cifar10.report import pack, report, student_p, welch
+from resnet_cifar10.settings import Setting
+from resnet_cifar10.storage import METRICS, read_metrics, write_json, write_metrics
+
+SOURCE = "CIFAR-10 (python archive)"
+
+
+def split_metrics(percent: float, n: int) -> dict[str, Any]:
+    """Metrics of n images, a tenth of each class; equally many of each are wrong, and all wrong cats are taken for dogs."""
+    wrong = round(n * (100 - percent) / 1000)
+    right, near, far = (np.diag([count] * 10) for count in (n // 10 - wrong, 2, wrong - 2))
+    counts = right + np.roll(near, 1, axis=1) + np.roll(far, 2, axis=1)
+    counts[3, 4], counts[3, 5] = 0, wrong
+    recall = 100 * (1 - wrong * 10 / n)
+    return {"accuracy": percent, "n": n, "interval_95": wilson_interval(percent, n), "top2_accuracy": 99.0,
+            "negative_log_likelihood": 0.3, "calibration_error": 4.2, "temperature": 1.5,
+            "negative_log_likelihood_scaled": 0.25, "calibration_error_scaled": 0.7, "confusion": counts.tolist(),
+            "per_class": {name: {"precision": 90.0, "recall": recall, "n": n // 10} for name in CLASSES}}  # fmt: skip
+
+
+def write_run(out: Path, setting: Setting, seed: int, test: float | None, validation: float = 90.0, epochs: int = 6,
+              source: str = SOURCE) -> Path:  # fmt: skip
+    """Write the folder of a run that was best in epoch 5; without a test accuracy it is unfinished."""
+    folder = out / setting.slug / f"seed-{seed}"
+    folder.mkdir(parents=True)
+    accuracies = [50.0, 70.0, 80.0, 85.0, validation, validation - 2]
+    rows = [(i + 1, 0.5, 95.0, 0.5, accuracies[i], setting.lr, 60.0, 30.0) for i in range(epochs)]
+    write_json(folder / "setting.json", {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed})
+    write_metrics(folder, [dict(zip(METRICS, row, strict=True)) for row in rows])
+    write_json(folder / "environment.json", {"data": source, "training_images": 45_000, "validation_images": 5_000,
+                                             "processor": "Some CPU", "threads": 2, "torch": "2.13.0"})  # fmt: skip
+    if test is not None:
+        write_json(folder / "result.json", {
+            "parameters": 464_154, "best_epoch": 5, "epochs_run": 6, "stopped_early": False, "train_minutes": 9.0,
+            "not_bit_exact": "", "validation": split_metrics(validation, 5000), "test": split_metrics(test, 10_000),
+        })  # fmt: skip
+    return folder
+
+
+ONE = Setting(name="Setting #1", epochs=6, lr_decay="none", patience=3)
+TWO = Setting(name="Setting #2", epochs=6, lr_decay="step")
+THREE = Setting(name="Setting #3", epochs=6, lr_decay="step", model="resnet20")
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Write a model folder whose network tells red, green and blue by the mean colour."""
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+         helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
+         helper.make_node("Mul", ["mean", "scale"], ["logits"]),
+         helper.make_node("Softmax", ["logits"], ["probabilities"])],
+        "tiny", [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(np.array([1, 2]), "axes"), numpy_helper.from_array(np.array(0.02, np.float32), "scale")],
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), folder / "model.onnx")
+    colours = {"classes": ["red", "green", "blue"], "mean": [0.5] * 3, "std": [0.5] * 3, "data": "colours"}
+    write_json(folder / "config.json", colours | {"architecture": {}, "temperature": 1.0, "rejection_threshold": 0.5})
+
+
+def write_study(out: Path) -> Path:
+    """Write three settings: three seeds, three seeds of the best, and one seed with another one unfinished."""
+    for seed, (one, two) in enumerate([(89.6, 92.1), (90.2, 92.5), (90.8, 92.6)]):
+        write_run(out, ONE, seed, one, validation=91)
+        write_run(out, TWO, seed, two, validation=93)
+    write_run(out, THREE, 0, 93.5, validation=92)
+    write_run(out, THREE, 1, None, epochs=2)
+    return out
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of that study with two photos, which several tests read and none changes."""
+    root = tmp_path_factory.mktemp("written")
+    for name in ("red", "white"):
+        Image.new("RGB", (40, 30), name).save(root / f"{name}_photo.png")
+    photos = [root / "red_photo.png", root / "white_photo.png"]
+    write_tiny_model(write_study(root / "study") / "setting-2" / "seed-0" / "model")
+    return report([root / "study"], root / "out", photos).parent
+
+
+class _Tables(html.parser.HTMLParser):
+    """The text of every cell of every table, and all attributes that could load something."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.links: list[str] = []
+        self.scopes: list[str | None] = []
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for key, value in attributes if key in ("src", "href", "xlink:href", "srcset", "data")]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+            self.inside = True
+            self.scopes += [dict(attributes).get("scope")] if tag == "th" else []
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("th", "td")
+
+    def handle_data(self, text: str) -> None:
+        if self.inside:
+            self.tables[-1][-1][-1] += text
+
+
+def test_the_table_has_the_14_columns_in_the_words_of_the_assignment(out: Path) -> None:
+    parsed = _Tables((out / "report.html").read_text())
+    head, *rows = parsed.tables[0]
+    assert head == ["Setting", "Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr",
+                    "Epoch", "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
+                    "Early stopping epoch", "Accuracy"]  # fmt: skip
+    assert rows[0] == ["Setting #1", "ResNet32", "128", "ReLU", "He_normal", "SGD (momentum)", "0.1", "6", "Batch Norm",
+                       "O", "O", "X", "9.0", "5", "90.20 ± 0.60\n(n = 3)"]  # fmt: skip
+    assert rows[1][0].split() == ["Setting", "#2", "best", "by", "validation"] and rows[1][11] == "O"
+    assert None not in parsed.scopes
+
+    text = (out / "report.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == head and lines[2][1:] == [*rows[0][1:-1], "90.20 ± 0.60<br>(n = 3)"]
+    assert [len(line) for line in lines[:5]] == [15] * 5
+
+
+def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_path: Path) -> None:
+    page = (out / "report.html").read_text()
+    row = _Tables(page).tables[0][3]
+    assert row[0] == "Setting #3" and row[-1].split("\n") == ["93.50", "seed 1 unfinished: epoch 2 of 6", "seed 2 missing"]
+    assert "Runs still unfinished: 1 of 8" in page
+
+    for result in study.glob("*/*/result.json"):
+        result.unlink()
+    page = report([study], tmp_path / "out").read_text()
+    assert "no run is finished" in page and "best by validation" not in page
+    assert [row[-1].count("unfinished") for row in _Tables(page).tables[0][1:]] == [3, 3, 2]
+
+
+def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
+    text = (out / "report.md").read_text()
+    assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It names 92.40 ± 0.26 % "
+            "of the 10,000 test images of CIFAR-10 (python archive) correctly (mean ± standard deviation of 3 seeds)."
+            ) in text  # fmt: skip
+    assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
+    assert "Most often confused: cat taken for dog (79 of 1,000)" in text
+    assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
+
+
+def test_findings_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path) -> None:
+    text = (out / "report.md").read_text()
+    p = stats.ttest_ind([92.1, 92.5, 92.6], [89.6, 90.2, 90.8], equal_var=False).pvalue
+    assert ("**Setting #2 against Setting #1.** Differs in lr decay (step instead of none) and patience (none instead of 3). "
+            "2.20 points better (92.40 against 90.20 %). The seeds can tell the two apart (3 against 3 seeds, Welch's t "
+            f"test, p = {p:.2g}). Which of the changes did it, these runs do not tell.") in text  # fmt: skip
+    assert "**Setting #3 against Setting #2.** Differs in model (resnet20 instead of resnet32). 1.10 points better" in text
+    assert "One seed cannot tell the setting from chance: the choice of test images alone leaves 93.0 to 94.0 %" in text
+    assert "Setting #1 95.0 against 91.0 % (+4.0 points)" in text
+    assert "within a point of its best in epoch 5 of 6 (Setting #1)" in text
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 2.0, 4.303, 12.7, 60.0])
+@pytest.mark.parametrize("freedom", [1.0, 1.37, 2.0, 4.6, 30.0, 300.0])
+def test_student_p(t: float, freedom: float) -> None:
+    assert student_p(-t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-4, abs=1e-12)
+
+
+def test_welch() -> None:
+    a, b = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9], [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8]
+    assert welch(a, b) == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue, rel=1e-6)
+    assert np.isnan(welch([90.0, 90.0], [91.0, 91.0]))
+
+
+def test_the_page_is_one_file_and_the_markdown_finds_its_plots(out: Path) -> None:
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    links = _Tables(page).links
+    assert len(links) > 2 and all(link.startswith(("data:", "#")) for link in links)
+    assert "http" not in page and "<script" not in page and set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert page.count("<svg") == 6
+    linked = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert sorted(linked) == sorted(str(file.relative_to(out)) for file in (out / "plots").iterdir()) and len(linked) == 8
+    assert str(out.parent) not in page + text  # folders of this machine mean nothing elsewhere
+
+
+def test_photos_are_classified_by_the_best_run(out: Path, study: Path, tmp_path: Path) -> None:
+    text = (out / "report.md").read_text()
+    assert re.search(r"red_photo\.png \| \*\*red\*\* \| red 99 %<br>", text)
+    assert re.search(r"white_photo\.png \| \*\*none of these 3\*\*", text)
+    with pytest.raises(ValueError) as error:
+        report([study / "setting-3" / "seed-1"], tmp_path / "out", [out.parent / "red_photo.png"])
+    assert "--photo-model" in one_line(error) and not (tmp_path / "out").exists()
+
+
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+    setting = Setting(name="<script>alert(1)</script> | $x_1$ *a*", epochs=6)
+    write_run(tmp_path / "study", setting, 0, 91.0, source="<b>data</b>")
+    page = report([tmp_path / "study"], tmp_path / "out")
+    assert "<script" not in page.read_text() and "<b>data" not in page.read_text()
+    assert _Tables(page.read_text()).tables[0][1][0] == setting.name
+    text = page.with_suffix(".md").read_text()
+    assert not re.search(r"(?<!\\)<script|(?<!\\)<b>", text)
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")][:3] == [17] * 3
+
+
+def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tmp_path: Path) -> None:
+    assert "Not the original pixels" not in (out / "report.html").read_text()
+    write_run(tmp_path / "copy", ONE, 0, 89.0, source="CIFAR-10 (JPEG quality 75 copy)")
+    page = report([tmp_path / "copy"], tmp_path / "out")
+    assert "2–3 points higher" in page.read_text() and "2–3 points higher" in page.with_suffix(".md").read_text()
+    assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
+
+
+def test_equal_runs_give_equal_bytes(out: Path, tmp_path: Path) -> None:
+    photos = [out.parent / "red_photo.png", out.parent / "white_photo.png"]
+    again = report([out.parent / "study"], tmp_path / "out", photos).parent
+    files = {file.relative_to(out) for file in out.rglob("*")}
+    assert files == {file.relative_to(again) for file in again.rglob("*")}
+    for file in files:
+        assert (out / file).is_dir() or (out / file).read_bytes() == (again / file).read_bytes(), file
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        pack(tmp_path / name / "1234_Name.zip", again, ROOT)
+    assert (tmp_path / "a" / "1234_Name.zip").read_bytes() == (tmp_path / "b" / "1234_Name.zip").read_bytes()
+
+
+def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkout"
+    for name in ("pyproject.toml", "README.md", "resnet_cifar10/train.py", "resnet_cifar10/__pycache__/train.pyc",
+                 "settings/fast.toml", "tests/test_train.py", "runs/fast/result.json", "data/test.parquet", ".venv/bin/python",
+                 ".git/config"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    pack(tmp_path / "1234_Name.zip", out, root)
+    with zipfile.ZipFile(tmp_path / "1234_Name.zip") as archive:
+        names = {name.removeprefix("1234_Name/") for name in archive.namelist()}
+        assert archive.read("1234_Name/report/report.html") == (out / "report.html").read_bytes()
+    plots = {f"report/plots/{file.name}" for file in (out / "plots").iterdir()}
+    assert names == plots | {"pyproject.toml", "README.md", "resnet_cifar10/train.py", "settings/fast.toml",
+                             "tests/test_train.py", "report/report.html", "report/report.md"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("out_zip", "folder", "root", "said"), [
+    ("a.zip", "nothing", "checkout", "report.html: missing"),
+    ("a.zip", "out", "nothing", "pyproject.toml: missing"),
+    ("a.tar", "out", "checkout", "ends in .zip"),
+])  # fmt: skip
+def test_packing_refuses(tmp_path: Path, out_zip: str, folder: str, root: str, said: str) -> None:
+    for file in ("out/report.html", "checkout/pyproject.toml"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=said):
+        pack(tmp_path / out_zip, tmp_path / folder, tmp_path / root)
+    assert not (tmp_path / out_zip).exists()
+
+
+RUN = Path("setting-1") / "seed-0"
+
+
+def without(file: Path, key: str) -> None:
+    write_json(file, {k: value for k, value in json.loads(file.read_text()).items() if k != key})
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (shutil.rmtree, "holds no run"),
+    (lambda study: (study / RUN / "result.json").write_text('{"best_epoch": 5'), "result.json: cannot be read"),
+    (lambda study: (study / RUN / "setting.json").write_text("[]"), "setting.json: damaged"),
+    (lambda study: (study / RUN / "metrics.csv").write_text("epoch\n1\n"), "metrics.csv: not the metrics"),
+    (lambda study: (study / RUN / "metrics.csv").unlink(), "metrics.csv"),
+    (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
+    (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
+    (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
+    (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data"),
+])  # fmt: skip
+def test_what_cannot_be_read_is_named_and_nothing_is_written(
+    study: Path, tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    damage(study)
+    with pytest.raises(ValueError) as error:
+        report([study], tmp_path / "out")
+    assert said in one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_is_a_file(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="out: is a file"):
+        report([study], tmp_path / "out")
+
+
+def test_a_missing_library_is_named_with_its_extra(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match=r"jinja2.*pip install 'resnet-cifar10\[report\]'"):
+        report([study], tmp_path / "out")
+
+
+def test_a_study_without_validation_or_test_images_is_reported(tmp_path: Path) -> None:
+    for setting in (ONE, TWO):
+        folder = write_run(tmp_path / "study", setting, 0, 90.0)
+        result = json.loads((folder / "result.json").read_text())
+        write_json(folder / "result.json", result | {"validation": None, "test": None})
+        unmeasured = {"validation_loss": None, "validation_accuracy": None}
+        write_metrics(folder, [row | unmeasured for row in read_metrics(folder)])
+    page = report([tmp_path / "study"], tmp_path / "out").read_text()
+    assert "no validation images were held out" in page and "no test images" in page

@@ -1,0 +1,503 @@
+"""The web page and its interface: a real server in a process of its own, plain sockets, and a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded
+from PIL import Image
+
+from resnet_cifar10.export import export
+from resnet_cifar10.infer import Classifier
+from resnet_cifar10.model import ResNet
+from resnet_cifar10.photo import read_photo, views
+from resnet_cifar10.serve import serve
+from resnet_cifar10.storage import save_model
+
+CLASSES = ["red", "green", "blue"]
+CONFIG = {
+    "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
+    "temperature": 2.0, "rejection_threshold": 0.0, "data": "coloured noise",
+    "accuracy": {"validation": None, "test": {"accuracy": 81.25, "n": 1600, "interval_95": [79.2, 83.1]}},
+}  # fmt: skip
+STRICT = {"SECONDS": 1.5, "UPLOAD_BYTES": 1_000_000, "IN_FLIGHT": 4, "FILES": 3}
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+PHOTO = encoded(PIXELS, "PNG")
+RAW = "application/octet-stream"
+Answer = tuple[int, dict[str, str], Any]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_model(folder, ResNet(8, 3), CONFIG)
+    export(folder, folder / "model.onnx")
+    return folder
+
+
+@contextmanager
+def running(model: Path, **limits: float) -> Iterator[tuple[int, int]]:
+    """Start a server with other limits on a free port: its port and its process id. It must not end with a traceback."""
+    code = ("import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); "
+            "serve.serve(sys.argv[1], '127.0.0.1', 0)")  # fmt: skip
+    command = [sys.executable, "-c", code, str(model), json.dumps(limits)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            port = re.search(r"http://127\.0\.0\.1:(\d+) ", process.stdout.readline())
+            assert port
+            yield int(port[1]), process.pid
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate()
+    assert "Traceback" not in errors, errors
+    assert process.returncode == -signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def port(model: Path) -> Iterator[int]:
+    with running(model) as (port, _):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def strict(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A server with tight limits whose model knows nothing of what it sees."""
+    folder = tmp_path_factory.mktemp("strict")
+    save_model(folder, ResNet(8, 3), CONFIG | {"rejection_threshold": 1.1, "accuracy": None})
+    shutil.copy(model / "model.onnx", folder)
+    with running(folder, **STRICT) as (port, _):
+        yield port
+
+
+def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    is_json = response.headers["Content-Type"] == "application/json"
+    return response.status, {k.lower(): v for k, v in response.headers.items()}, json.loads(content) if is_json else content
+
+
+def classify(port: int, body: Any = PHOTO, kind: str = RAW, query: str = "") -> Answer:
+    return ask(port, "POST", f"/api/classify{query}", body, {"Content-Type": kind})
+
+
+def good(port: int) -> dict[str, Any]:
+    """Send a good photo, again as long as the server says to come back."""
+    for _ in range(60):
+        status, headers, answer = classify(port)
+        if status != 503:
+            break
+        time.sleep(int(headers["retry-after"]))
+    assert status == 200, answer
+    assert set(answer["probabilities"]) == set(CLASSES)
+    return answer  # type: ignore[no-any-return]
+
+
+def form(*files: tuple[str, bytes], boundary: str = "limit") -> tuple[bytes, str]:
+    parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
+             for name, content in files]  # fmt: skip
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+def huge_png() -> bytes:
+    """Make a PNG of 60,000 x 60,000 pixels in 50 bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(50_000))) + chunk(b"IEND", b"")
+
+
+def endless_jpeg() -> bytes:
+    """Make a JPEG of nine million pixels whose last scan comes thousands of times: minutes of work in half a megabyte."""
+    whole = encoded(np.full((3000, 3000), 128, np.uint8), "JPEG", progressive=True)
+    last_scan = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last_scan * ((900_000 - len(whole)) // len(last_scan)) + b"\xff\xd9"
+
+
+# --- answers ---
+
+
+def test_the_answer_has_the_fields_of_infer(port: int, model: Path) -> None:
+    status, _, raw = classify(port, kind="image/png")
+    assert status == 200
+    assert list(raw) == ["file", "label", "probabilities", "membership", "rejected"]
+    expected = Classifier(model).classify(views(read_photo(io.BytesIO(PHOTO))))
+    assert raw["label"] == expected.label
+    assert raw["probabilities"] == pytest.approx(expected.probabilities, abs=1e-6)
+    status, _, one = classify(port, *form(("me.png", PHOTO)))
+    assert (status, one) == (200, raw | {"file": "me.png"})
+
+
+def test_several_files_give_a_list_in_their_order_with_the_bad_ones_named(port: int) -> None:
+    status, _, answers = classify(port, *form(("a.png", PHOTO), ("b.png", b"dear diary"), ("c.jpg", encoded(PIXELS, "JPEG"))))
+    assert status == 200
+    assert [answer["file"] for answer in answers] == ["a.png", "b.png", "c.jpg"]
+    assert ["error" in answer for answer in answers] == [False, True, False]
+    assert answers[1]["error"].startswith("not an image; allowed: ")
+
+
+def test_the_heat_map_comes_only_when_asked(port: int) -> None:
+    _, _, answer = classify(port, query="?explain=1")
+    start, _, content = answer["heat_map"].partition(",")
+    assert start == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (80, 60))
+    assert "heat_map" not in classify(port, query="?explain=0")[2]
+
+
+def test_which_model_and_how_good(port: int) -> None:
+    status, _, answer = ask(port, "GET", "/api/model")
+    assert status == 200
+    assert {key: answer[key] for key in ("classes", "data", "accuracy", "architecture")} == {
+        key: CONFIG[key] for key in ("classes", "data", "accuracy", "architecture")
+    }
+    assert ask(port, "GET", "/healthz")[::2] == (200, {"status": "ok"})
+
+
+# --- what is no photo ---
+
+
+@pytest.mark.parametrize(("content", "kind", "status", "reason"), [
+    (b"", RAW, 422, "empty"),
+    (b"dear diary", "image/jpeg", 422, "not an image; allowed: JPEG"),
+    (encoded(PIXELS, "JPEG")[:1500], "image/jpeg", 422, "truncated"),
+    (b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", "image/gif", 422, ""),
+    (huge_png(), "image/png", 422, "pixels"),
+    (PHOTO, "application/json", 415, "application/octet-stream"),
+    (PHOTO, "application/x-www-form-urlencoded", 415, "multipart/form-data"),
+    (*form(("", b"")), 422, "empty"),
+    (*form(), 422, "no file"),
+    (b'--limit\r\nContent-Disposition: form-data; name="f"\r\n\r\nwords\r\n--limit--\r\n', form()[1], 422, "no file"),
+    (form(("a.png", PHOTO))[0], "multipart/form-data", 400, "boundary"),
+    (b"no form at all", form()[1], 400, ""),
+    (form(("a.png", PHOTO))[0][:-500], form()[1], 422, "no file"),
+    (*form(*[("a.png", PHOTO)] * 21), 400, "20"),
+])  # fmt: skip
+def test_a_bad_upload_gets_a_sentence_and_the_next_one_an_answer(
+    port: int, content: bytes, kind: str, status: int, reason: str
+) -> None:
+    found, headers, answer = classify(port, content, kind)
+    assert (found, headers["content-type"]) == (status, "application/json")
+    assert answer["error"].isprintable()
+    assert answer["error"]
+    assert reason in answer["error"]
+    good(port)
+
+
+def test_the_first_picture_of_an_animated_gif_counts(port: int) -> None:
+    file = io.BytesIO()
+    frames = [Image.fromarray(PIXELS // shade).quantize(16) for shade in (1, 4)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    alone = io.BytesIO()
+    frames[0].save(alone, "GIF")
+    assert classify(port, file.getvalue())[2] == classify(port, alone.getvalue())[2]
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    ("../../etc/passwd", "passwd"), ("C:\\photos\\me.jpg", "me.jpg"), ("..", "-"), ("/", "-"), ("a\tb\u202eexe.jpg", "abexe.jpg"),
+    ("x" * 5000, "x" * 100), ("<b>.png", "<b>.png"),
+])  # fmt: skip
+def test_of_a_file_name_only_the_last_part_comes_back(port: int, name: str, shown: str) -> None:
+    assert classify(port, *form((name, PHOTO)))[2]["file"] == shown
+
+
+def test_pages_that_do_not_exist_and_methods_that_do_not_fit(port: int) -> None:
+    assert ask(port, "GET", "/nothing")[::2] == (404, {"error": "Not Found"})
+    assert ask(port, "GET", "/api/classify")[0] == 405
+    assert ask(port, "GET", "/../serve.py")[0] == 404
+
+
+# --- size, time and number ---
+
+
+def test_too_large_is_refused_however_it_is_sent(strict: int) -> None:
+    megabytes = bytes(3_000_000)
+    chunks = (megabytes[:100_000] for _ in range(30))  # chunked: no Content-Length
+    for answer in (classify(strict, megabytes), classify(strict, chunks), classify(strict, *form(("a.jpg", megabytes)))):
+        assert answer[::2] == (413, {"error": "at most 1 MB at once; several photos can come one by one"})
+    good(strict)
+
+
+def raw_request(port: int, body: bytes, length: int | str, *, end: bool) -> bytes:
+    """Send a request with any Content-Length and return all that comes back."""
+    head = f"POST /api/classify HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: {RAW}\r\nContent-Length: {length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head.encode() + body)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65_536):
+            answer += piece
+    return answer
+
+
+def test_a_lying_content_length_harms_nobody(strict: int) -> None:
+    assert b" 408 " in raw_request(strict, PHOTO, len(PHOTO) + 1000, end=False)
+    raw_request(strict, PHOTO, len(PHOTO) + 1000, end=True)
+    too_short = raw_request(strict, PHOTO, len(PHOTO) - 1000, end=True)
+    assert b" 422 " in too_short.partition(b"\r\n")[0]
+    assert b" 200 " not in too_short
+    for nonsense in ("-1", "1e3", "99999999999999999999999", "5, 6"):
+        assert b" 400 " in raw_request(strict, b"hello", nonsense, end=True).partition(b"\r\n")[0]
+    good(strict)
+
+
+def test_a_photo_that_takes_too_long_is_given_up(strict: int) -> None:
+    bomb = endless_jpeg()
+    with ThreadPoolExecutor() as pool:  # as many at once as there are workers
+        answers = list(pool.map(lambda _: classify(strict, bomb), range(2)))
+    assert [answer[::2] for answer in answers] == [(422, {"file": "-", "error": "takes longer than 1.5 seconds to read"})] * 2
+    good(strict)
+
+
+def test_when_all_places_are_taken_the_next_is_told_to_come_back_and_none_is_lost(strict: int) -> None:
+    def slow_upload() -> Callable[[], int]:
+        connection = HTTPConnection("127.0.0.1", strict, timeout=60)
+        connection.putrequest("POST", "/api/classify")
+        connection.putheader("Content-Type", RAW)
+        connection.putheader("Content-Length", str(len(PHOTO)))
+        connection.endheaders(PHOTO[:-1])
+
+        def finish() -> int:
+            connection.send(PHOTO[-1:])
+            with connection.getresponse() as response:
+                status = response.status
+            connection.close()
+            return status
+
+        return finish
+
+    for _ in range(5):  # on a slow machine the first uploads can be given up before the last one has begun
+        uploads = [slow_upload() for _ in range(4)]
+        status, headers, answer = classify(strict)
+        finished = [finish() for finish in uploads]
+        if status == 503 and finished == [200] * 4:
+            break
+    assert (status, answer, finished) == (503, {"error": "too many photos at once"}, [200] * 4)
+    assert int(headers["retry-after"]) >= 1
+    good(strict)
+
+
+def test_of_500_photos_from_32_clients_none_is_lost(model: Path) -> None:
+    def client(requests: int) -> list[dict[str, Any]]:
+        return [good(port) for _ in range(requests)]
+
+    with running(model, IN_FLIGHT=24) as (port, _), ThreadPoolExecutor(32) as pool:
+        answers = sum(pool.map(client, [16] * 20 + [15] * 12), [])
+        assert len(answers) == 500
+        assert all(answer == answers[0] for answer in answers)
+        assert good(port) == answers[0]
+        assert ask(port, "GET", "/healthz")[0] == 200
+
+
+def test_killed_workers_are_replaced_and_all_end_with_the_server(model: Path) -> None:
+    def workers(server: int) -> list[int]:
+        commands = {int(entry.name): entry / "cmdline" for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+        children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in commands[int(child)].read_bytes()]
+
+    with running(model) as (port, server):
+        good(port)
+        before = workers(server)
+        assert len(before) == 2
+        for worker in before:
+            subprocess.run(["kill", "-9", str(worker)], check=True)
+        for _ in range(4):
+            good(port)
+        after = workers(server)
+    assert not set(before) & set(after)
+    assert not any(Path(f"/proc/{worker}").exists() for worker in after)
+
+
+# --- other sites ---
+
+
+@pytest.mark.parametrize(("host", "origin", "status"), [
+    ("localhost:{port}", None, 200), ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 200),
+    ("LOCALHOST:{port}", "http://localhost:{port}", 200), ("[::1]:{port}", None, 200),
+    ("evil.example", None, 403), ("evil.example:{port}", "http://evil.example:{port}", 403), ("localhost", None, 403),
+    ("localhost:1", None, 403), ("127.0.0.1.evil.example:{port}", None, 403), ("", None, 403),
+    ("localhost:{port}", "http://evil.example", 403), ("localhost:{port}", "null", 403), ("localhost:{port}", "", 403),
+    ("localhost:{port}", "http://localhost:1", 403), ("localhost:{port}", "https://localhost:{port}", 403),
+])  # fmt: skip
+def test_only_this_host_and_the_own_page(port: int, host: str, origin: str | None, status: int) -> None:
+    headers = {"Host": host.format(port=port), "Content-Type": RAW}
+    if origin is not None:
+        headers["Origin"] = origin.format(port=port)
+    found, _, answer = ask(port, "POST", "/api/classify", PHOTO, headers)
+    assert (found, "error" in answer) == (status, status != 200)
+    if origin is None:
+        assert ask(port, "GET", "/", None, headers)[0] == status
+
+
+def test_every_answer_says_what_a_browser_may_do_with_it(port: int) -> None:
+    for method, path in (("GET", "/"), ("GET", "/nothing"), ("GET", "/api/model"), ("POST", "/api/classify"), ("PUT", "/")):
+        _, headers, _ = ask(port, method, path)
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert "unsafe" not in headers["content-security-policy"]
+        assert (headers["x-content-type-options"], headers["referrer-policy"]) == ("nosniff", "no-referrer")
+        assert "access-control-allow-origin" not in headers
+        assert "server" not in headers
+
+
+# --- starting ---
+
+
+def test_what_cannot_be_served_is_said_in_one_line(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases = [("no-such-model", "127.0.0.1", 0, "no such model"), (str(model), "127.0.0.1", taken.getsockname()[1], "in use"),
+                 (str(model), "127.0.0.1", 70_000, "70000"), (str(model), "192.0.2.1", 0, "192.0.2.1")]  # fmt: skip
+        for name, host, port, reason in cases:
+            with pytest.raises(ValueError, match=reason) as error:
+                serve(name, host, port)
+            assert str(error.value).isprintable()
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as started:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = started.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Any, port: int, **options: Any) -> Iterator[Any]:
+    """Open the page in a fresh window. It must fetch nothing from elsewhere and leave no error but the refused photos'."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    addresses, errors = [], []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.goto(f"http://localhost:{port}/")
+    page.get_by_text("ResNet-8").wait_for()
+    yield page
+    assert all(re.match(rf"(http|blob:http)://localhost:{port}/|data:", address) for address in addresses)
+    assert [error for error in errors if "status of 422" not in error and "status of 503" not in error] == []
+    context.close()
+
+
+def file(name: str, content: bytes = PHOTO) -> dict[str, Any]:
+    return {"name": name, "mimeType": "image/png", "buffer": content}
+
+
+def cards(page: Any, count: int) -> list[str]:
+    """Wait until so many photos are answered, and return what is written under them."""
+    page.locator("#results > li:not([aria-busy])").nth(count - 1).wait_for()
+    return page.locator("#results > li").all_inner_texts()  # type: ignore[no-any-return]
+
+
+def test_a_chosen_photo_is_answered_and_explained(browser: Any, port: int) -> None:
+    expected = good(port)
+    with opened(browser, port) as page:
+        page.get_by_label("Choose photos").set_input_files([file("me.png")])
+        (card,) = cards(page, 1)
+        verdict = f"{expected['label']}, {round(100 * expected['probabilities'][expected['label']])} %"
+        assert page.get_by_role("heading", level=3).inner_text().lower() == verdict
+        assert "me.png" in card
+        rows = page.get_by_role("list", name="Probability of every class").get_by_role("listitem").all_inner_texts()
+        assert [row.split()[0] for row in rows] == sorted(CLASSES, key=lambda name: -expected["probabilities"][name])
+        heat = page.get_by_alt_text("bright where it spoke most")
+        assert not heat.is_visible()
+        page.get_by_role("button", name="Where it looked", pressed=False).click()
+        heat.wait_for()
+        assert heat.evaluate("image => image.naturalWidth") == 80
+        page.get_by_role("button", name="Where it looked", pressed=True).click()
+        heat.wait_for(state="hidden")
+        about = page.locator("footer").inner_text()
+        assert all(part in about for part in ("coloured noise", "81.3 %", "1,600 test images"))
+        assert "stay on this machine" in page.locator("body").inner_text()
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_a_photo_can_be_dropped_and_pasted(browser: Any, port: int, kind: str) -> None:
+    give = """([kind, bytes]) => {
+        const data = new DataTransfer();
+        data.items.add(new File([new Uint8Array(bytes)], "given.png", { type: "image/png" }));
+        document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
+            : new ClipboardEvent(kind, { clipboardData: data, bubbles: true }));
+    }"""
+    with opened(browser, port) as page:
+        page.evaluate(give, [kind, list(PHOTO)])
+        (card,) = cards(page, 1)
+        assert "given.png" in card
+        assert "%" in card
+
+
+def test_twelve_at_once_and_a_bad_one_among_them(browser: Any, port: int) -> None:
+    names = [f"{i}.png" for i in range(12)]
+    with opened(browser, port) as page:
+        page.get_by_label("Choose photos").set_input_files(
+            [file(name, b"dear diary" if name == "5.png" else PHOTO) for name in names]
+        )
+        written = cards(page, 12)
+        assert [re.search(r"\d+\.png", card)[0] for card in written] == names  # type: ignore[index]
+        assert ["%" in card for card in written] == [name != "5.png" for name in names]
+        assert "not an image; allowed: JPEG" in written[5].replace("Not", "not")
+        announced = page.get_by_role("log").locator("p").all_text_contents()
+        assert len(announced) == 12
+        assert sum("did not work: not an image" in sentence for sentence in announced) == 1
+        page.get_by_role("button", name="Clear").click()
+        assert page.locator("#results > li").count() == 0
+
+
+def test_the_keyboard_is_enough(browser: Any, port: int) -> None:
+    with opened(browser, port) as page:
+        page.keyboard.press("Tab")
+        ring = page.locator("#choose + label").evaluate("label => getComputedStyle(label).outlineStyle")
+        assert ring == "solid"
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files([file("me.png")])
+        cards(page, 1)
+        for _ in range(2):  # past "Clear"
+            page.keyboard.press("Tab")
+        page.keyboard.press("Space")
+        page.get_by_role("button", name="Where it looked", pressed=True).wait_for()
+        assert page.get_by_alt_text("bright where it spoke most").is_visible()
+
+
+def test_what_is_none_of_them_is_said_so_even_when_the_server_is_busy(browser: Any, strict: int) -> None:
+    with opened(browser, strict, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True) as page:
+        page.get_by_text("Take a photo").wait_for()
+        page.get_by_label("Take a photo").set_input_files([file("camera.jpg")])
+        page.get_by_label("Choose photos").set_input_files([file("large.jpg", bytes(1_000_001)), file("b.png"), file("c.png")])
+        written = cards(page, 4)
+        assert ["none of these three (most like: " in card.lower().replace("\n", " ") for card in written] == [False, True, True, True]
+        assert "larger than 1 MB" in written[0].replace("Larger", "larger")
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        assert "does not say" in page.locator("footer").inner_text()
