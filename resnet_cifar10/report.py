@@ -1,4 +1,4 @@
-"""Table, plots and findings from saved runs; nothing is trained here."""
+"""The report of saved runs: table, findings in words, plots, photos; nothing is trained here."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import re
 import shlex
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ImageOps
-from pydantic import ValidationError
 
 from .infer import Classifier
 from .photo import read_photo, views
-from .settings import Setting, slug
-from .storage import read_json, read_metrics, write
+from .plots import Picture, plot_all, plot_confusion, plot_one
+from .results import Row, best_of, differing, join, read_rows, spread, welch
+from .storage import write
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
@@ -30,158 +29,8 @@ WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "Si
          "batch": "Batch Norm", "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
-INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
-# Colours apart for the colour-blind (after Okabe & Ito), dashes apart in grey print.
-LINES: list[tuple[str, Any]] = [("#0b66a8", "-"), ("#c4490c", (0, (5, 1.5))), ("#00805c", (0, (1.5, 1))),
-                                ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", "-"), ("#3f4752", (0, (3, 1)))]  # fmt: skip
-SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", **{line[0]: f"line{i}" for i, line in enumerate(LINES)}}
 SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.md", "LICENSE", "CONTRIBUTING.md",
            "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
-
-
-# --- reading ---
-
-
-@dataclass(frozen=True)
-class Run:
-    """One setting with one seed. `result` is the content of result.json, {} while the run is unfinished."""
-
-    folder: Path
-    setting: Setting
-    seed: int
-    metrics: list[dict[str, Any]]
-    result: dict[str, Any]
-    environment: dict[str, Any]
-
-    def curve(self, key: str) -> np.ndarray[Any, Any]:
-        """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
-        return np.array([row[key] for row in self.metrics], float)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting with its runs, ordered by seed."""
-
-    name: str
-    setting: Setting
-    runs: list[Run]
-
-    @property
-    def done(self) -> list[Run]:
-        """The finished runs: only these count."""
-        return [run for run in self.runs if run.result]
-
-    def accuracies(self, split: str) -> list[float]:
-        """Percent for each finished run; [] where there is no such split."""
-        return [run.result[split]["accuracy"] for run in self.done if run.result[split]]
-
-    def curves(self, key: str) -> np.ndarray[Any, Any]:
-        """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
-        columns = [run.curve(key) for run in self.done] or [max((run.curve(key) for run in self.runs), key=len)]
-        return np.stack([column[: min(map(len, columns))] for column in columns])
-
-
-def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    value = read_json(file)
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{file}: damaged: key '{key}' is missing")
-    return value  # type: ignore[no-any-return]
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run folder, finished or not.
-
-    Raises:
-        ValueError: Naming the damaged file.
-
-    """
-    claim = _read(folder / "setting.json", ("setting", "seed"))
-    try:
-        setting = Setting.model_validate(claim["setting"])
-    except ValidationError as error:
-        raise ValueError(f"{folder / 'setting.json'}: damaged: {error.errors()[0]['msg']}") from None
-    result: dict[str, Any] = {}
-    if (folder / "result.json").exists():
-        result = _read(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
-    metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
-    if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
-        raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
-    environment = _read(folder / "environment.json", ("data",)) if metrics else {}
-    return Run(folder, setting, claim["seed"], metrics, result, environment)
-
-
-def read_rows(folders: Sequence[Path]) -> list[Row]:
-    """Collect all runs under these folders, one row for each setting.
-
-    Raises:
-        ValueError: If a folder holds no run, a run is damaged or there twice, or the runs are on different data.
-
-    """
-    files: dict[Path, None] = {}
-    for folder in folders:
-        found = sorted(folder.rglob("setting.json"), key=lambda file: re.sub(r"\d+", lambda m: m[0].zfill(9), str(file)))
-        if not found:
-            raise ValueError(f"{folder}: holds no run; allowed: what 'train --out' wrote, or a run folder in it")
-        files |= dict.fromkeys(file.resolve() for file in found)
-    groups: dict[str, dict[int, Run]] = {}
-    for run in (read_run(file.parent) for file in files):
-        seeds = groups.setdefault(run.setting.model_dump_json(), {})
-        if run.seed in seeds:
-            raise ValueError(f"{run.folder}: the same setting and seed as {seeds[run.seed].folder}; give one of them")
-        seeds[run.seed] = run
-    rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
-    if len(data := sorted({run.environment["data"] for runs in rows for run in runs if run.environment})) > 1:
-        raise ValueError(f"the runs are on different data ({'; '.join(data)}) and cannot be compared; write a report of each")
-    names = [runs[0].setting.name for runs in rows]
-    return [Row(name if names.count(name) == 1 else f"{name} ({runs[0].folder.parents[1].name})", runs[0].setting, runs)
-            for name, runs in zip(names, rows, strict=True)]  # fmt: skip
-
-
-# --- numbers ---
-
-
-def student_p(t: float, freedom: float) -> float:
-    """Two-sided p value of Student's t: with t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1)."""
-    angle, steps = math.atan(abs(t) / math.sqrt(freedom)), 10_000
-    rest = math.pi / 2 - angle
-    tail = rest * float(np.mean(np.cos(angle + rest * (np.arange(steps) + 0.5) / steps) ** (freedom - 1)))
-    return tail * 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p value of two means whose variances may differ (Welch 1947); NaN where nothing varies."""
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
-    if sum(parts) == 0:
-        return math.nan
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
-    return student_p(float(np.mean(a) - np.mean(b)) / math.sqrt(sum(parts)), freedom)
-
-
-def best_of(rows: Sequence[Row]) -> Row | None:
-    """Choose by the mean validation accuracy; a single finished row needs no choice."""
-    finished = [row for row in rows if row.done]
-    candidates = [row for row in finished if row.accuracies("validation")] if len(finished) > 1 else finished
-    return max(candidates, key=lambda row: float(np.mean(row.accuracies("validation") or 0)), default=None)
-
-
-def differing(a: Row, b: Row) -> list[str]:
-    """List the keys in which two settings differ."""
-    keys = [key for key in Setting.model_fields if key not in ("name", "seeds")]
-    return [key for key in keys if getattr(a.setting, key) != getattr(b.setting, key)]
-
-
-# --- words ---
-
-
-def spread(values: Sequence[float]) -> str:
-    """Write the mean and, from two values on, the sample standard deviation: "92.51 ± 0.12"."""
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-
-
-def join(words: Sequence[str]) -> str:
-    """Join as in a sentence: "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def span(numbers: Iterable[int]) -> str:
@@ -254,7 +103,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
         return f"No setting can be called the best on {data} yet: {reason}.{last}"
     rivals, tests, validation = sum(bool(row.done) for row in rows), best.accuracies("test"), best.accuracies("validation")
-    text = f"{best.name} reaches a validation accuracy of {spread(validation)} %." if validation else f"{best.name} is finished."
+    text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
         text = f"{best.name} is the best of {rivals} settings by validation accuracy ({spread(validation)} %)."
     if tests:
@@ -330,137 +179,6 @@ def machine(row: Row) -> dict[str, str]:
         "PyTorch, Python": seen("torch", "python"), "resnet-cifar10, git commit": seen("package", "git_commit"),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip
-
-
-# --- plots ---
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture in both forms: `file` with `content` beside the Markdown, `inline` inside the page."""
-
-    file: str
-    alt: str
-    content: bytes
-    inline: str
-
-
-def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], None]) -> Picture:
-    """Paint on a Matplotlib figure of this size in inches; equal input gives equal bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": INK, "font.size": 9,
-        "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": MUTED, "axes.titlesize": 9, "axes.grid": True,
-        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
-        "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED, "lines.linewidth": 1.4,
-    }  # fmt: skip
-    png, svg = io.BytesIO(), io.StringIO()
-    with matplotlib.rc_context(style):
-        figure = Figure(size, layout="constrained")
-        paint(figure)
-        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    # Inside HTML a drawing needs no name spaces; size, font and colours (light or dark) are the page's.
-    opening, body = svg.getvalue().split("<svg", 1)[1].split(">", 1)
-    body = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"', "", body, flags=re.DOTALL)
-    for colour, shade in SHADES.items():
-        body = body.replace(colour, f"var(--{shade})")
-    box = opening.split('viewBox="')[1].split('"')[0]
-    return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
-
-
-def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
-    """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
-    epochs = np.arange(1, curves.shape[1] + 1)
-    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1])
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(curves) > 1:
-        axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
-
-
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write (height, text, colour) at the right of the axes, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
-    place = -math.inf
-    for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
-        place = max(place + step, min((height - low) / (high - low), 1 - step * (len(ends) - 1 - i)), 0)
-        axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")
-
-
-def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
-    """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged."""
-    title = "the top, enlarged" if enlarged else "the whole range"
-    highest = [float(row.curves("validation_accuracy").mean(0).max()) for row in rows]
-
-    def paint(figure: Any) -> None:
-        axes, ends = figure.subplots(), []
-        for i, row in enumerate(rows):
-            curves, line = row.curves("validation_accuracy"), LINES[i % len(LINES)]
-            plot_curves(axes, curves, line)
-            name = row.name if len(row.name) < 25 else f"{row.name[:23]}…"
-            ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
-        if enlarged:
-            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
-        axes.set_title(title, loc="left")
-        axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
-        label_ends(axes, ends)
-
-    reached = join([f"{row.name} {value:.1f} %" for row, value in zip(rows, highest, strict=True)])
-    alt = f"Validation accuracy by epoch, {title}; highest: {reached}"
-    return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
-
-
-def plot_one(row: Row, number: int) -> Picture:
-    """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
-    colour = LINES[number % len(LINES)][0]
-
-    def paint(figure: Any) -> None:
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        train, validation, lr = (row.curves(key) for key in ("train_accuracy", "validation_accuracy", "lr"))
-        plot_curves(axes, train, (MUTED, (0, (1.5, 1))))
-        plot_curves(axes, validation, (colour, "-"))
-        for run in row.done:
-            epoch = run.result["best_epoch"]
-            axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
-        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0]), 101))
-        label_ends(axes, [(train.mean(0)[-1], "training", MUTED), (validation.mean(0)[-1], "validation", colour)])
-        plot_curves(below, lr[:1], (MUTED, "-"))
-        below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
-
-    alt = f"{row.name}: training and validation accuracy by epoch, the learning rate below"
-    return draw(f"{number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
-
-
-def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
-    """Plot how many images of each true class (rows) were taken for each class (columns)."""
-    from matplotlib.patches import Rectangle
-
-    names, counts = list(metrics["per_class"]), np.array(metrics["confusion"])
-    side = min(12, max(4.4, 0.4 * len(names) + 0.8))
-
-    def paint(figure: Any) -> None:
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        for true, taken in np.argwhere(counts):
-            share = counts[true, taken] / counts[true].sum()
-            cell = Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0)
-            axes.add_patch(cell)
-            axes.text(taken, true, str(counts[true, taken]), ha="center", va="center", fontsize=min(8, 20 * side / len(names)),
-                      color=PAPER if share > 0.4 else INK, in_layout=False)  # fmt: skip
-        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
-        axes.set(xlabel="taken for", ylabel="true class")
-        size = min(9, 60 * side / len(names))
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
-        axes.set_yticks(range(len(names)), names, fontsize=size)
-
-    return draw("confusion", f"Confusion matrix of {metrics['n']:,} {split} images", (side, side), paint)
-
-
-# --- pages ---
 
 
 def best_section(best: Row) -> dict[str, Any] | None:

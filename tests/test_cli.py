@@ -25,7 +25,7 @@ def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     (folder / "table.toml").write_text(
-        '[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 1\nvalidation_size = 100\ncompile = false\naugmentation = "none"\n'
+        '[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 1\nvalidation_size = 100\ncompile = false\n'
     )
     run("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs", "--seed", "3", "--seed", "4")
     return folder / "runs" / "d" / "seed-4"

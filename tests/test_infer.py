@@ -44,7 +44,8 @@ def photo() -> Image.Image:
 
 
 def cli(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str, str]:
-    done = subprocess.run([sys.executable, "-m", "resnet_cifar10", *map(str, arguments)], input=stdin, capture_output=True, check=False)
+    command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -116,7 +117,8 @@ def test_a_square_is_the_centre_averaged_over_its_area() -> None:
 
 def test_a_photo_and_its_mirror_image_get_the_same_answer(model: Path, photo: Image.Image) -> None:
     classifier = Classifier(model)
-    one, other = (classifier.classify(views(p)).probabilities for p in (photo, photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    one, other = (classifier.classify(views(p)).probabilities for p in (photo, mirrored))
     assert one == pytest.approx(other, abs=1e-5)
     assert views(photo).shape[1:] == (32, 32, 3)
 
@@ -193,7 +195,8 @@ def test_a_picture_of_billions_of_pixels_is_refused(model: Path, tmp_path: Path)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(50_000))) + chunk(b"IEND", b""))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(50_000)))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
     status, _, errors = cli("infer", tmp_path / "bomb.png", "--model", model)
     assert (status, errors.count("\n")) == (2, 1)
 

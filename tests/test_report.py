@@ -21,7 +21,8 @@ from PIL import Image
 from scipy import stats
 
 from resnet_cifar10.evaluate import wilson_interval
-from resnet_cifar10.report import pack, report, student_p, welch
+from resnet_cifar10.report import pack, report
+from resnet_cifar10.results import student_p, welch
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import METRICS, read_metrics, write_json, write_metrics
 

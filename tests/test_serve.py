@@ -218,8 +218,8 @@ def test_the_first_picture_of_an_animated_gif_counts(port: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "shown"), [
-    ("../../etc/passwd", "passwd"), ("C:\\photos\\me.jpg", "me.jpg"), ("..", "-"), ("/", "-"), ("a\tb\u202eexe.jpg", "abexe.jpg"),
-    ("x" * 5000, "x" * 100), ("<b>.png", "<b>.png"),
+    ("../../etc/passwd", "passwd"), ("C:\\photos\\me.jpg", "me.jpg"), ("..", "-"), ("/", "-"),
+    ("a\tb\u202eexe.jpg", "abexe.jpg"), ("x" * 300, "x" * 100), ("<b>.png", "<b>.png"),
 ])  # fmt: skip
 def test_of_a_file_name_only_the_last_part_comes_back(port: int, name: str, shown: str) -> None:
     assert classify(port, *form((name, PHOTO)))[2]["file"] == shown
@@ -307,7 +307,7 @@ def test_of_500_photos_from_32_clients_none_is_lost(model: Path) -> None:
         return [good(port) for _ in range(requests)]
 
     with running(model, IN_FLIGHT=24) as (port, _), ThreadPoolExecutor(32) as pool:
-        answers = sum(pool.map(client, [16] * 20 + [15] * 12), [])
+        answers = [answer for answers in pool.map(client, [16] * 20 + [15] * 12) for answer in answers]
         assert len(answers) == 500
         assert all(answer == answers[0] for answer in answers)
         assert good(port) == answers[0]
@@ -370,11 +370,13 @@ def test_every_answer_says_what_a_browser_may_do_with_it(port: int) -> None:
 
 def test_what_cannot_be_served_is_said_in_one_line(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        cases = [("no-such-model", "127.0.0.1", 0, "no such model"), (str(model), "127.0.0.1", taken.getsockname()[1], "in use"),
-                 (str(model), "127.0.0.1", 70_000, "70000"), (str(model), "192.0.2.1", 0, "192.0.2.1")]  # fmt: skip
-        for name, host, port, reason in cases:
+        port = taken.getsockname()[1]
+        for name, host, number, reason in (
+            ("no-such-model", "127.0.0.1", 0, "no such model"), (str(model), "127.0.0.1", port, "in use"),
+            (str(model), "127.0.0.1", 70_000, "70000"), (str(model), "192.0.2.1", 0, "192.0.2.1"),
+        ):  # fmt: skip
             with pytest.raises(ValueError, match=reason) as error:
-                serve(name, host, port)
+                serve(name, host, number)
             assert str(error.value).isprintable()
 
 
@@ -448,7 +450,7 @@ def test_a_photo_can_be_dropped_and_pasted(browser: Any, port: int, kind: str) -
     give = """([kind, bytes]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], "given.png", { type: "image/png" }));
-        document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true })
+        document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: data, bubbles: true })
             : new ClipboardEvent(kind, { clipboardData: data, bubbles: true }));
     }"""
     with opened(browser, port) as page:
@@ -497,7 +499,8 @@ def test_what_is_none_of_them_is_said_so_even_when_the_server_is_busy(browser: A
         page.get_by_label("Take a photo").set_input_files([file("camera.jpg")])
         page.get_by_label("Choose photos").set_input_files([file("large.jpg", bytes(1_000_001)), file("b.png"), file("c.png")])
         written = cards(page, 4)
-        assert ["none of these three (most like: " in card.lower().replace("\n", " ") for card in written] == [False, True, True, True]
+        assert ["none of these three" in card.lower() for card in written] == [False, True, True, True]
+        assert ["(most like: " in card for card in written] == [False, True, True, True]
         assert "larger than 1 MB" in written[0].replace("Larger", "larger")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
         assert "does not say" in page.locator("footer").inner_text()

@@ -9,7 +9,8 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "train")
-ORDER = ("photo", *CORE, "figure", "explain", "serve", "machine", "sources", "download", "export", "study", "report", "cli", "__main__", "__init__")
+ORDER = ("photo", *CORE, "figure", "explain", "serve", "machine", "sources", "download", "export", "study",
+         "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
 
 
 def imports(room: str) -> set[str]:

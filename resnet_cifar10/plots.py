@@ -1,0 +1,146 @@
+"""The plots of the report, each as PNG for Markdown and as SVG for the page, whose colours follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .results import Row, join
+from .settings import slug
+
+INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
+# Colours apart for the colour-blind (after Okabe & Ito), dashes apart in grey print.
+LINES: list[tuple[str, Any]] = [("#0b66a8", "-"), ("#c4490c", (0, (5, 1.5))), ("#00805c", (0, (1.5, 1))),
+                                ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", "-"), ("#3f4752", (0, (3, 1)))]  # fmt: skip
+SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", **{line[0]: f"line{i}" for i, line in enumerate(LINES)}}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in both forms: `file` with `content` beside the Markdown, `inline` inside the page."""
+
+    file: str
+    alt: str
+    content: bytes
+    inline: str
+
+
+def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], None]) -> Picture:
+    """Paint on a Matplotlib figure of this size in inches; equal input gives equal bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": INK, "font.size": 9,
+        "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": MUTED, "axes.titlesize": 9, "axes.grid": True,
+        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
+        "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED, "lines.linewidth": 1.4,
+    }  # fmt: skip
+    png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context(style):
+        figure = Figure(size, layout="constrained")
+        paint(figure)
+        figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    # Inside HTML a drawing needs no name spaces; size, font and colours (light or dark) are the page's.
+    opening, body = svg.getvalue().split("<svg", 1)[1].split(">", 1)
+    body = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|(?<=<g) id="[^"]*"', "", body, flags=re.DOTALL)
+    for colour, shade in SHADES.items():
+        body = body.replace(colour, f"var(--{shade})")
+    box = opening.split('viewBox="')[1].split('"')[0]
+    return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
+
+
+def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
+    """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
+    epochs = np.arange(1, curves.shape[1] + 1)
+    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(curves) > 1:
+        axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write (height, text, colour) at the right of the axes, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
+    place = -math.inf
+    for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
+        place = max(place + step, min((height - low) / (high - low), 1 - step * (len(ends) - 1 - i)), 0)
+        axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")
+
+
+def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
+    """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged."""
+    title = "the top, enlarged" if enlarged else "the whole range"
+    highest = [float(row.curves("validation_accuracy").mean(0).max()) for row in rows]
+
+    def paint(figure: Any) -> None:
+        axes, ends = figure.subplots(), []
+        for i, row in enumerate(rows):
+            curves, line = row.curves("validation_accuracy"), LINES[i % len(LINES)]
+            plot_curves(axes, curves, line)
+            name = row.name if len(row.name) < 25 else f"{row.name[:23]}…"
+            ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
+        if enlarged:
+            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
+        label_ends(axes, ends)
+
+    reached = join([f"{row.name} {value:.1f} %" for row, value in zip(rows, highest, strict=True)])
+    alt = f"Validation accuracy by epoch, {title}; highest: {reached}"
+    return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
+
+
+def plot_one(row: Row, number: int) -> Picture:
+    """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
+    colour = LINES[number % len(LINES)][0]
+
+    def paint(figure: Any) -> None:
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        train, validation, lr = (row.curves(key) for key in ("train_accuracy", "validation_accuracy", "lr"))
+        plot_curves(axes, train, (MUTED, (0, (1.5, 1))))
+        plot_curves(axes, validation, (colour, "-"))
+        for run in row.done:
+            epoch = run.result["best_epoch"]
+            axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
+        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0]), 101))
+        label_ends(axes, [(train.mean(0)[-1], "training", MUTED), (validation.mean(0)[-1], "validation", colour)])
+        plot_curves(below, lr[:1], (MUTED, "-"))
+        below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
+
+    alt = f"{row.name}: training and validation accuracy by epoch, the learning rate below"
+    return draw(f"{number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
+
+
+def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
+    """Plot how many images of each true class (rows) were taken for each class (columns)."""
+    from matplotlib.patches import Rectangle
+
+    names, counts = list(metrics["per_class"]), np.array(metrics["confusion"])
+    side = min(12, max(4.4, 0.4 * len(names) + 0.8))
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        for true, taken in np.argwhere(counts):
+            share = counts[true, taken] / counts[true].sum()
+            cell = Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0)
+            axes.add_patch(cell)
+            axes.text(taken, true, str(counts[true, taken]), ha="center", va="center", fontsize=min(8, 20 * side / len(names)),
+                      color=PAPER if share > 0.4 else INK, in_layout=False)  # fmt: skip
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
+        axes.set(xlabel="taken for", ylabel="true class")
+        size = min(9, 60 * side / len(names))
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+
+    return draw("confusion", f"Confusion matrix of {metrics['n']:,} {split} images", (side, side), paint)

@@ -1,0 +1,152 @@
+"""Saved runs, read and counted: rows of the table with their seeds, spread and tests."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from .settings import Setting
+from .storage import read_json, read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One setting with one seed. `result` is the content of result.json, {} while the run is unfinished."""
+
+    folder: Path
+    setting: Setting
+    seed: int
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    environment: dict[str, Any]
+
+    def curve(self, key: str) -> np.ndarray[Any, Any]:
+        """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
+        return np.array([row[key] for row in self.metrics], float)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting with its runs, ordered by seed."""
+
+    name: str
+    setting: Setting
+    runs: list[Run]
+
+    @property
+    def done(self) -> list[Run]:
+        """The finished runs: only these count."""
+        return [run for run in self.runs if run.result]
+
+    def accuracies(self, split: str) -> list[float]:
+        """Percent for each finished run; [] where there is no such split."""
+        return [run.result[split]["accuracy"] for run in self.done if run.result[split]]
+
+    def curves(self, key: str) -> np.ndarray[Any, Any]:
+        """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
+        columns = [run.curve(key) for run in self.done] or [max((run.curve(key) for run in self.runs), key=len)]
+        return np.stack([column[: min(map(len, columns))] for column in columns])
+
+
+def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    value = read_json(file)
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"{file}: damaged: key '{key}' is missing")
+    return value  # type: ignore[no-any-return]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ValueError: Naming the damaged file.
+
+    """
+    claim = _read(folder / "setting.json", ("setting", "seed"))
+    try:
+        setting = Setting.model_validate(claim["setting"])
+    except ValidationError as error:
+        raise ValueError(f"{folder / 'setting.json'}: damaged: {error.errors()[0]['msg']}") from None
+    result: dict[str, Any] = {}
+    if (folder / "result.json").exists():
+        result = _read(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
+    metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
+    if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
+        raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
+    environment = _read(folder / "environment.json", ("data",)) if metrics else {}
+    return Run(folder, setting, claim["seed"], metrics, result, environment)
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """Collect all runs under these folders, one row for each setting.
+
+    Raises:
+        ValueError: If a folder holds no run, a run is damaged or there twice, or the runs are on different data.
+
+    """
+    files: dict[Path, None] = {}
+    for folder in folders:
+        found = sorted(folder.rglob("setting.json"), key=lambda file: re.sub(r"\d+", lambda m: m[0].zfill(9), str(file)))
+        if not found:
+            raise ValueError(f"{folder}: holds no run; allowed: what 'train --out' wrote, or a run folder in it")
+        files |= dict.fromkeys(file.resolve() for file in found)
+    groups: dict[str, dict[int, Run]] = {}
+    for run in (read_run(file.parent) for file in files):
+        seeds = groups.setdefault(run.setting.model_dump_json(), {})
+        if run.seed in seeds:
+            raise ValueError(f"{run.folder}: the same setting and seed as {seeds[run.seed].folder}; give one of them")
+        seeds[run.seed] = run
+    rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
+    if len(data := sorted({run.environment["data"] for runs in rows for run in runs if run.environment})) > 1:
+        raise ValueError(f"the runs are on different data ({'; '.join(data)}) and cannot be compared; write a report of each")
+    names = [runs[0].setting.name for runs in rows]
+    return [Row(name if names.count(name) == 1 else f"{name} ({runs[0].folder.parents[1].name})", runs[0].setting, runs)
+            for name, runs in zip(names, rows, strict=True)]  # fmt: skip
+
+
+def student_p(t: float, freedom: float) -> float:
+    """Two-sided p value of Student's t: with t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1)."""
+    angle, steps = math.atan(abs(t) / math.sqrt(freedom)), 10_000
+    rest = math.pi / 2 - angle
+    tail = rest * float(np.mean(np.cos(angle + rest * (np.arange(steps) + 0.5) / steps) ** (freedom - 1)))
+    return tail * 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p value of two means whose variances may differ (Welch 1947); NaN where nothing varies."""
+    parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
+    if sum(parts) == 0:
+        return math.nan
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+    return student_p(float(np.mean(a) - np.mean(b)) / math.sqrt(sum(parts)), freedom)
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """Choose by the mean validation accuracy; a single finished row needs no choice."""
+    finished = [row for row in rows if row.done]
+    candidates = [row for row in finished if row.accuracies("validation")] if len(finished) > 1 else finished
+    return max(candidates, key=lambda row: float(np.mean(row.accuracies("validation") or 0)), default=None)
+
+
+def differing(a: Row, b: Row) -> list[str]:
+    """List the keys in which two settings differ."""
+    keys = [key for key in Setting.model_fields if key not in ("name", "seeds")]
+    return [key for key in keys if getattr(a.setting, key) != getattr(b.setting, key)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the mean and, from two values on, the sample standard deviation: "92.51 ± 0.12"."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def join(words: Sequence[str]) -> str:
+    """Join as in a sentence: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
