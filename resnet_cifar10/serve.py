@@ -266,14 +266,12 @@ def serve(model: str, host: str, port: int) -> None:
         ValueError: If the model is missing or damaged, or the address cannot be used.
 
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port}: allowed are 0 to 65535")
     app = application(model, host)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
-    except (OSError, OverflowError, UnicodeError) as error:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"{_location(host, port)}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     print(f"Open http://{_location(host, listener.getsockname()[1])} in a browser; Ctrl-C ends it.", flush=True)
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)

@@ -46,6 +46,7 @@ class Setting(BaseModel):
     validation_size: int = Field(5_000, ge=0)  # training images held out, stratified
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile: pays off from a few hundred steps
+    start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init
     seeds: list[int] = Field([0], min_length=1)
 
     @model_validator(mode="after")

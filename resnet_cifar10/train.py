@@ -123,6 +123,8 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
         "normalization": setting.normalization, "weight_init": setting.weight_init,
     }  # fmt: skip
     model = ResNet(**architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if setting.start_from:
+        _start_from(model, setting, seed, training)
     optimizer = make_optimizer(setting, model)
     environment = (environment or {}) | {
         "data": training.source, "training_sha256": training.sha256,
@@ -242,6 +244,22 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
     }  # fmt: skip
     storage.write_json(folder / "result.json", result)
     return result
+
+
+def _start_from(model: ResNet, setting: Setting, seed: int, training: Split) -> None:
+    """Take the weights of another model; its last layer only where the classes are the same."""
+    trained, config = storage.load_model(str(setting.start_from))
+    before = config.get("setting", {}).get("validation_size", 0)
+    if config.get("data") == training.source and (config.get("seed") != seed or before < setting.validation_size):
+        raise ValueError(f"key 'start_from': {setting.start_from} was trained on the same data with seed {config.get('seed')} "
+                         f"and validation_size {before}; allowed: this seed and no larger a validation_size, or it has "
+                         "learned from images that are to validate it")  # fmt: skip
+    same = config["classes"] == list(training.classes)
+    weights = {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
+    wanted = model.state_dict()
+    if wrong := [key for key in weights if key not in wanted or wanted[key].shape != weights[key].shape]:
+        raise ValueError(f"key 'start_from': {setting.start_from} is another network; it differs in '{wrong[0]}'")
+    model.load_state_dict(weights, strict=False)
 
 
 def _collect(model: ResNet, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> storage.Tensors:
