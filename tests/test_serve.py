@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -312,19 +312,27 @@ def test_of_500_photos_from_32_clients_none_is_lost(model: Path) -> None:
         assert ask(port, "GET", "/healthz")[0] == 200
 
 
+def read(file: Path) -> str:
+    """Read a file of /proc, whose process can end meanwhile."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
 def workers(server: int) -> set[int]:
     """Find the worker processes of a server; a thread of it may have started them."""
-    children = " ".join(file.read_text() for file in Path(f"/proc/{server}/task").glob("*/children")).split()
-    return {int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()}
+    children = " ".join(read(file) for file in Path(f"/proc/{server}/task").glob("*/children")).split()
+    return {int(child) for child in children if "spawn_main" in read(Path(f"/proc/{child}/cmdline"))}
 
 
 def kill(processes: set[int]) -> None:
+    """Kill processes and wait until the last thread of each is gone."""
     for process in processes:
-        os.kill(process, signal.SIGKILL)
-    for process in processes:  # until the last of its threads is gone
-        while threads := [stat.read_text() for stat in Path(f"/proc/{process}/task").glob("*/stat")]:
-            if len(threads) == 1 and ") Z" in threads[0]:
-                break
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    for process in processes:
+        while any(") Z" not in stat for stat in map(read, Path(f"/proc/{process}/task").glob("*/stat")) if stat):
             time.sleep(0.01)
 
 
