@@ -153,6 +153,18 @@ def export(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
+    host: Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
+) -> None:
+    """Open a web page that classifies photos; nothing leaves this machine."""
+    from .serve import serve as serve_page
+
+    serve_page(model, host, port)
+
+
+@app.command()
 def data(
     folder: Annotated[Path, typer.Argument(help="Where cifar-10-python.tar.gz goes.")],
     url: Annotated[str | None, typer.Option(help="An address of your own instead of the mirrors.")] = None,

@@ -82,6 +82,7 @@ def write_card(folder: Path) -> None:
     setting, accuracy = config["setting"], config["accuracy"]
     results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
                f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
+    start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
     keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items())
     write(folder / "README.md", f"""---
 license: mit
@@ -98,7 +99,7 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 {chr(10).join(results)}
 
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
-  chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.
+  chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.{start}
 - Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. A photo whose highest
   probability is below {config["rejection_threshold"]:.3f} is answered with "none of these": one in twenty validation
   images falls below that.

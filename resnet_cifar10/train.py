@@ -213,29 +213,12 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
             storage.save_checkpoint(folder, _collect(model, optimizer, best), state)
             print(_epoch_line(name, setting.epochs, rows, state), flush=True)
 
-    # The result: the best weights, temperature and threshold from validation, the test split once.
+    # The result: the best weights; the test split is read once, here.
     storage.write_tensors(folder / "best.safetensors", best, {"epoch": state["best_epoch"]})
     model.load_state_dict(best)
-    model.eval()
-    temperature, threshold = 1.0, 0.0
-    metrics: dict[str, dict[str, Any] | None] = {"validation": None, "test": None}
-    if len(validation):
-        logits = predict(model, validation_images, mean, std).cpu()
-        temperature = fit_temperature(logits, validation.labels)
-        threshold = rejection_threshold(logits, temperature)
-        metrics["validation"] = evaluate(logits, validation.labels, validation.classes, temperature)
-    if test := read("test"):
-        logits = predict(model, test.images.to(device), mean, std).cpu()
-        metrics["test"] = evaluate(logits, test.labels, test.classes, temperature)
-        print(f"{name}: test accuracy {accuracy(logits, test.labels):.2f} % of {len(test):,} images", flush=True)
-    storage.save_model(folder / "model", model, {
-        "architecture": architecture, "classes": list(training.classes), "input_size": SIZE, "mean": mean, "std": std,
-        "temperature": temperature, "rejection_threshold": threshold, "data": training.source,
-        "setting": setting.model_dump(exclude={"seeds"}), "seed": seed,
-        "best_epoch": state["best_epoch"],
-        "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
-                     for part, values in metrics.items()},
-    })  # fmt: skip
+    about = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
+             "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": state["best_epoch"]}  # fmt: skip
+    metrics = finish(folder / "model", model, about, validation, read("test"), device)
     result = {
         "setting": setting.name, "seed": seed, "parameters": parameter_count(model), "data": training.source,
         "epochs_run": state["epoch"], "best_epoch": state["best_epoch"], "stopped_early": state["epoch"] < setting.epochs,
@@ -244,6 +227,34 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
     }  # fmt: skip
     storage.write_json(folder / "result.json", result)
     return result
+
+
+def finish(folder: Path, model: ResNet, about: dict[str, Any], validation: Split, test: Split | None,
+           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
+    """Find temperature and rejection threshold on validation, read the test split, write the model folder.
+
+    Returns:
+        The metrics of "validation" and "test", None for a split that is not there.
+
+    """
+    model.eval()
+    temperature, threshold = 1.0, 0.0
+    metrics: dict[str, Any] = {"validation": None, "test": None}
+    for part, split in (("validation", validation), ("test", test)):
+        if split is None or not len(split):
+            continue
+        logits = predict(model, split.images.to(device), about["mean"], about["std"]).cpu()
+        if part == "validation":
+            temperature = fit_temperature(logits, split.labels)
+            threshold = rejection_threshold(logits, temperature)
+        metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
+        print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
+    kept = {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()}
+    storage.save_model(folder, model, about | {
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": threshold,
+        "accuracy": kept,
+    })  # fmt: skip
+    return metrics
 
 
 def _start_from(model: ResNet, setting: Setting, seed: int, training: Split) -> None:
