@@ -80,6 +80,7 @@ def meaning(row: Row) -> dict[str, str]:
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
+        "First weights": f"those of {s.start_from}" if s.start_from else "random",
         "Optimizer": momentum if s.optimizer == "sgd" else f"betas {s.momentum:g} and 0.999",
         "Weight decay": np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1) if s.weight_decay else "none",
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
