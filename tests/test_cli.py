@@ -73,7 +73,7 @@ def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, t
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (["train", "settings/assignment.toml"], "--data"), (["fly"], "fly"), (["infer"], "PHOTO"),
+    (["train", "settings/assignment.toml"], "--data"), (["fly"], "fly"), (["infer"], "photo"),
     (["train", "settings/digits.toml", "--data", "nowhere", "--out", "runs"], "nowhere"),
     (["train", "settings/digits.toml", "--data", "digits", "--out", "README.md/x"], "is a file"),
     (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--device", "abacus"], "abacus"),
