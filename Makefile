@@ -1,8 +1,6 @@
 # `make demo` and `make test` do all the set-up themselves; nothing outside this folder but pip's cache is written.
 PYTHON ?= python3
 BIN = .venv/bin
-PHOTOS = $(addprefix $$($(BIN)/python -c 'import skimage; print(skimage.data_dir)')/,chelsea.png coffee.png astronaut.png rocket.jpg)
-
 export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor
 export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
 
@@ -10,8 +8,11 @@ export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
 
 demo: .venv/ready  ## Train two small networks, write a report, classify real photographs
 	$(BIN)/resnet-cifar10 train settings/digits.toml --data digits --out runs/demo
-	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32 $(addprefix --photo ,$(PHOTOS))
-	$(BIN)/resnet-cifar10 infer $(PHOTOS) --figure reports/demo/photos.png
+	photos=$$($(BIN)/python -c 'import skimage; print(skimage.data_dir)') && \
+	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32 --photo $$photos/chelsea.png \
+		--photo $$photos/coffee.png --photo $$photos/astronaut.png --photo $$photos/rocket.jpg && \
+	$(BIN)/resnet-cifar10 infer $$photos/chelsea.png $$photos/coffee.png $$photos/astronaut.png $$photos/rocket.jpg \
+		--figure reports/demo/photos.png
 	@echo "Open reports/demo/report.html in a browser; the photographs are in reports/demo/photos.png."
 
 test: .venv/ready  ## Style, types and behaviour; warnings are errors
