@@ -198,7 +198,7 @@ def main() -> None:
     except ValueError as error:
         _fail(error, 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped; the same command again goes on from what is saved", 130)
+        _fail("stopped", 130)
     except Exception as error:
         failures = {"Interrupted": None, "TrainingFailed": 1, "DownloadFailed": 1, "OSError": 1}
         kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in failures), None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import normalise
-from .infer import read_config
+from .infer import onnx_runtime, read_config
 from .model import ResNet
 from .storage import load_model, write
 
@@ -47,7 +47,6 @@ def export(model: str | Path, out: Path) -> float:
 
     """
     import onnx
-    import onnxruntime
 
     network, config = load_model(model)
     deployed = _Deployed(network, config).eval()
@@ -65,7 +64,7 @@ def export(model: str | Path, out: Path) -> float:
     onnx.helper.set_model_props(proto, {"classes": "\n".join(config["classes"])})
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnx_runtime().InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs = session.run(["probabilities"], {"images": images.numpy()})[0]
     with torch.inference_mode():
         ours = deployed(images)[0].numpy()

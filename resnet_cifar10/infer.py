@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
+def onnx_runtime() -> Any:
+    """Import ONNX Runtime without its telemetry, which would write to the home folder and call its maker."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    return onnxruntime
+
+
 class Classifier:
     """The network of a model folder in ONNX Runtime."""
 
@@ -82,8 +91,7 @@ class Classifier:
             ValueError: If it is no model folder, or its files are damaged.
 
         """
-        import onnxruntime
-
+        onnxruntime = onnx_runtime()
         folder = model_folder(model)
         self.config = read_config(folder)
         self.classes: list[str] = self.config["classes"]

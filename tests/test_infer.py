@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,15 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
                              cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "needs PyTorch" in refused.stderr
+
+
+def test_nothing_is_written_to_the_home_folder(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    home = tmp_path / "home"
+    home.mkdir()
+    command = [sys.executable, "-m", "resnet_cifar10", "infer", str(tmp_path / "photo.png"), "--model", str(model)]
+    subprocess.run(command, env=os.environ | {"HOME": str(home)}, capture_output=True, check=True)
+    assert list(home.rglob("*")) == []
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
