@@ -502,7 +502,7 @@ def test_twelve_at_once_and_a_bad_one_among_them(browser: Any, port: int) -> Non
 
 def test_the_keyboard_is_enough(browser: Any, port: int) -> None:
     with opened(browser, port) as page:
-        page.on("filechooser", lambda chooser: None)  # choosers are caught from here on, not only once a slow browser hears of it
+        page.on("filechooser", lambda chooser: None)  # a slow browser catches choosers from here on
         page.keyboard.press("Tab")
         ring = page.locator("#choose + label").evaluate("label => getComputedStyle(label).outlineStyle")
         assert ring == "solid"
