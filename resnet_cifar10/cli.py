@@ -37,7 +37,7 @@ def train(
     _need("train")
     from .study import study
 
-    study(rows, [], data, out, device)
+    study(rows, data, out, device)
 
 
 @app.command()

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .infer import Classifier
-from .photo import SIZE
+from .infer import SIZE, Classifier
 
 LONGEST_SIDE = 640  # pixels of the drawn picture
 OPACITY = 0.65  # of the colour over the photo

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 BUILT_IN = Path(__file__).parent / "models"
-SIZE = 32
+SIZE = 32  # pixels of a side of what the network sees
 CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejection_threshold")
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .infer import SIZE
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
-SIZE = 32  # pixels of a view
 
 
 def read_photo(file: Path | io.BytesIO) -> Image.Image:

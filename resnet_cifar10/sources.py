@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from .data import Split, hold_out
-from .photo import SIZE, read_photo, square
+from .infer import SIZE
+from .photo import read_photo, square
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE = "cifar-10-python.tar.gz"

@@ -18,8 +18,8 @@ from .storage import read_json, write_json
 from .train import split_data, train
 
 
-def study(settings: Sequence[Setting], seeds: Sequence[int], data: str | Path, out: Path, device: str = "auto") -> None:
-    """Train every setting with each of the seeds (none given: the setting's own); what is done is skipped.
+def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto") -> None:
+    """Train every setting with each of its seeds; what is done is skipped.
 
     Raises:
         ValueError: If settings, data, device and output folder do not fit together; before anything is written.
@@ -28,7 +28,7 @@ def study(settings: Sequence[Setting], seeds: Sequence[int], data: str | Path, o
     device = pick_device(device)
     print(f"reading {data}", flush=True)
     read = cache(partial(load, data))
-    runs = [(s, seed, out / s.slug / f"seed-{seed}") for s in settings for seed in seeds or s.seeds]
+    runs = [(s, seed, out / s.slug / f"seed-{seed}") for s in settings for seed in s.seeds]
     claims = []
     for setting, seed, folder in runs:
         training, validation = split_data(setting, seed, read)

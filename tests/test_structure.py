@@ -9,7 +9,7 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "train")
-ORDER = ("photo", *CORE, "figure", "explain", "serve", "machine", "sources", "download", "export", "study",
+ORDER = (*CORE, "photo", "figure", "explain", "serve", "machine", "sources", "download", "export", "study",
          "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
 
 
