@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .infer import SIZE
@@ -82,6 +84,36 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
+def photo_like(images: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+    """Do to images uint8 [B, 32, 32, 3] what photos do: framing, focus, light, noise and compression.
+
+    Every strength is drawn from uniform [B, 14], 0..1; noise is standard normal [B, 3, 32, 32].
+    """
+    u = (2 * uniform - 1)[..., None, None]  # -1..1
+    zoom, aspect, angle, *shift = u[:, :5, 0, 0].unbind(1)
+    width, height = (0.4 * zoom + 0.15 * aspect).exp(), (0.4 * zoom - 0.15 * aspect).exp()  # 0.58 to 1.73 of the picture
+    cos, sin = (0.2 * angle).cos(), (0.2 * angle).sin()  # up to 11 degrees
+    rows = [width * cos, -height * sin, 0.25 * shift[0]], [width * sin, height * cos, 0.25 * shift[1]]
+    grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), [len(images), 3, SIZE, SIZE], False)
+    x = F.grid_sample(images.permute(0, 3, 1, 2) / 255, grid, padding_mode="reflection", align_corners=False)
+    x = x + 0.8 * u[:, 5:6] * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))  # from blurred to sharpened
+    grey, middle = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
+    x = (grey + (1 + 0.5 * u[:, 6:7]) * (x - grey)) * (1 + 0.1 * u[:, 7:10])  # saturation and white balance
+    x = (x - middle) * (0.25 * u[:, 10:11]).exp() + middle + 0.12 * u[:, 11:12]  # contrast and brightness
+    x = x + 0.04 * uniform[:, 12, None, None, None] * noise
+    return (255 * _jpeg(x, 1.5 * uniform[:, 13] ** 2)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _jpeg(x: Tensor, coarseness: Tensor) -> Tensor:
+    """Round the 8x8 cosine coefficients of [B, 3, 32, 32] in 0..1, as JPEG does at quality 50 for a coarseness [B] of 1."""
+    k = torch.arange(8, device=x.device)
+    cosine = ((2 * k + 1) * k[:, None] * math.pi / 16).cos() * torch.where(k == 0, 1 / 8, 1 / 4).sqrt()[:, None]
+    step = (12 + 6 * (k[:, None] + k)) / 255 * coarseness.clamp(min=0.02).view(-1, 1, 1, 1, 1, 1)  # close to Annex K's
+    blocks = x.unflatten(3, (4, 8)).unflatten(2, (4, 8)).transpose(3, 4)  # [B, 3, 4, 4, 8, 8]
+    rounded = (cosine @ blocks @ cosine.T / step).round() * step
+    return (cosine.T @ rounded @ cosine).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
 def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int,
             fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
@@ -113,6 +145,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     top, left, flip = draw(2 * pad + 1), draw(2 * pad + 1), draw(2 if "flip" in parts else 1).bool()
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     share = np.random.default_rng([seed, epoch]).beta(MIXUP_ALPHA, MIXUP_ALPHA, n)
+    uniform = torch.rand(n if "photo" in parts else 0, 14, generator=rng)
 
     span = torch.arange(SIZE, device=device)
     padded = fill.repeat(n, SIZE + 2 * pad, SIZE + 2 * pad, 1)
@@ -120,9 +153,15 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     one_hot = torch.eye(len(split.classes), device=device)
     for start in range(0, n, batch_size):
         i = order[start : start + batch_size]
+        if "photo" in parts:  # every second image, so that the network stays good on images as they are
+            top[i[::2]] = left[i[::2]] = pad  # framed by photo_like instead
         rows, columns = top[i] + span, left[i] + torch.where(flip[i], span.flip(0), span)
         images = padded[i[:, None, None], rows[:, :, None], columns[:, None, :]]
         targets = one_hot[split.labels[i]]
+        if "photo" in parts:
+            half = images[::2]
+            noise = torch.randn(len(half), 3, SIZE, SIZE, generator=rng).to(device)
+            images[::2] = photo_like(half, uniform[start : start + len(half)].to(device), noise)
         if "cutout" in parts:
             in_rows, in_columns = ((2 * (span - hole[i]) + 1).abs() < CUTOUT_SIZE for hole in (hole_y, hole_x))
             images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], fill, images)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-AUGMENTATIONS = ("crop", "flip", "cutout", "mixup")
+AUGMENTATIONS = ("crop", "flip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
 
 
