@@ -109,13 +109,13 @@ def _jpeg(x: Tensor, coarseness: Tensor) -> Tensor:
     k = torch.arange(8, device=x.device)
     cosine = ((2 * k + 1) * k[:, None] * math.pi / 16).cos() * torch.where(k == 0, 1 / 8, 1 / 4).sqrt()[:, None]
     step = (12 + 6 * (k[:, None] + k)) / 255 * coarseness.clamp(min=0.02).view(-1, 1, 1, 1, 1, 1)  # close to Annex K's
-    blocks = x.unflatten(3, (4, 8)).unflatten(2, (4, 8)).transpose(3, 4)  # [B, 3, 4, 4, 8, 8]
+    blocks = x.reshape(-1, 3, 4, 8, 4, 8).transpose(3, 4)  # [B, 3, 4, 4, 8, 8]
     rounded = (cosine @ blocks @ cosine.T / step).round() * step
-    return (cosine.T @ rounded @ cosine).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return (cosine.T @ rounded @ cosine).transpose(3, 4).reshape(x.shape)
 
 
 def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int,
-            fill: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+            fill: Tensor, rank: int = 0, processes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
 
     Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator.
@@ -128,6 +128,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         seed: Of the run.
         epoch: Counted from 1.
         fill: uint8 [3], the colour of the padding: the mean, which normalisation makes zero.
+        rank: Of this process among those that share the batches.
+        processes: Their number; each gets every so many-th image of a batch.
 
     Yields:
         images uint8 [B, 32, 32, 3] and the class probabilities to learn, float32 [B, classes].
@@ -152,7 +154,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     padded[:, pad : pad + SIZE, pad : pad + SIZE] = split.images
     one_hot = torch.eye(len(split.classes), device=device)
     for start in range(0, n, batch_size):
-        i = order[start : start + batch_size]
+        i = order[start : start + batch_size][rank::processes]
         if "photo" in parts:  # every second image, so that the network stays good on images as they are
             top[i[::2]] = left[i[::2]] = pad  # framed by photo_like instead
         rows, columns = top[i] + span, left[i] + torch.where(flip[i], span.flip(0), span)

@@ -1,4 +1,4 @@
-"""The ONNX graph of a model folder: uint8 images in, calibrated probabilities and class-activation maps out."""
+"""The model folder of a trained network, and its ONNX graph: uint8 images in, calibrated probabilities and maps out."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import normalise
-from .infer import onnx_runtime, read_config
+from .data import Split, normalise
+from .evaluate import accuracy, evaluate, fit_temperature, predict, rejection_threshold
+from .infer import SIZE, onnx_runtime, read_config
 from .model import ResNet
-from .storage import load_model, write
+from .storage import load_model, save_model, write
 
 OPSET = 20
 
@@ -73,6 +74,35 @@ def export(model: str | Path, out: Path) -> float:
         raise ValueError(f"{out}: not written: ONNX and PyTorch differ by {difference:.1e} in a probability")
     write(out, content)
     return difference
+
+
+def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
+           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
+    """Find temperature and rejection threshold on validation, read the test split, write the model folder.
+
+    Returns:
+        The metrics of "validation" and "test", None for a split that is not there.
+
+    """
+    temperature, threshold = 1.0, 0.0
+    metrics: dict[str, Any] = {"validation": None, "test": None}
+    for part, split in (("validation", validation), ("test", test)):
+        if split is None or not len(split):
+            continue
+        logits = predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
+        if part == "validation":
+            temperature = fit_temperature(logits, split.labels)
+            threshold = rejection_threshold(logits, temperature)
+        metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
+        print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
+    kept = {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()}
+    save_model(folder, model, config | {
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": threshold,
+        "accuracy": kept,
+    })  # fmt: skip
+    write_card(folder)
+    export(folder, folder / "model.onnx")
+    return metrics
 
 
 def write_card(folder: Path) -> None:

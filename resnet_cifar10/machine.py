@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 
 def pick_device(device: str) -> str:
@@ -49,5 +50,6 @@ def environment(device: str) -> dict[str, Any]:
         "package": version("resnet-cifar10"), "git_commit": commit, "python": platform.python_version(),
         "torch": torch.__version__, "system": platform.system(), "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "world_size": 1,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }  # fmt: skip

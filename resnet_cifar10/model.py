@@ -5,12 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 WIDTHS = (16, 32, 64)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
 MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
 GROUPS = 8  # of group normalisation (Wu & He 2018)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with the statistics of all processes of a run; torch's own exists on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to the same shape."""
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        count = torch.tensor(x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
+        dist.all_reduce(count)
+        mean: Tensor = all_reduce(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        centred = x - mean[:, None, None]
+        variance: Tensor = all_reduce(centred.square().sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return centred * (self.weight / (variance + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
 
 
 class IdentityShortcut(nn.Module):
@@ -89,7 +111,7 @@ class ResNet(nn.Module):
         if rest or not 8 <= depth <= MAX_DEPTH:
             raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")
         norm = _choose("normalization", normalization, {
-            "batch": nn.BatchNorm2d,
+            "batch": nn.BatchNorm2d, "sync_batch": SyncBatchNorm2d,
             "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
             "group": lambda channels: nn.GroupNorm(GROUPS, channels),
             "none": lambda channels: nn.Identity(),

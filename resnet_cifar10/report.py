@@ -26,7 +26,8 @@ COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization"
            "Early stopping epoch", "Accuracy")  # fmt: skip
 WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "SiLU", "he_normal": "He_normal",
          "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW",
-         "batch": "Batch Norm", "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
+         "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
+         "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
 SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.md", "LICENSE", "CONTRIBUTING.md",

@@ -34,7 +34,7 @@ class Setting(BaseModel):
     nesterov: bool = False
     lr: float = Field(0.1, gt=0, le=100)
     epochs: int = Field(200, ge=1, le=100_000)
-    normalization: Literal["batch", "layer", "group", "none"] = "batch"
+    normalization: Literal["batch", "sync_batch", "layer", "group", "none"] = "batch"  # sync: over all processes of a run
     weight_decay: float = Field(1e-4, ge=0, le=1)
     augmentation: str = "crop_flip"  # "none", or parts of AUGMENTATIONS joined by "_"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -44,7 +44,7 @@ class Setting(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
     patience: int | None = Field(None, ge=1)  # epochs without a better validation accuracy; None: never stop early
     validation_size: int = Field(5_000, ge=0)  # training images held out, stratified
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the processor computes in it
+    precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile: pays off from a few hundred steps
     start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init
     seeds: list[int] = Field([0], min_length=1)
@@ -75,6 +75,12 @@ class Setting(BaseModel):
     def depth(self) -> int:
         """The number of weighted layers, 6n + 2."""
         return int(self.model.removeprefix("resnet"))
+
+    def architecture(self, classes: int) -> dict[str, Any]:
+        """The arguments of the network."""
+        return {"depth": self.depth, "classes": classes, "block": self.block, "shortcut": self.shortcut == "identity",
+                "activation": self.activation, "leaky_slope": self.leaky_slope, "normalization": self.normalization,
+                "weight_init": self.weight_init}  # fmt: skip
 
     @property
     def slug(self) -> str:

@@ -4,60 +4,129 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from .export import export, write_card
+import torch
+from torch import distributed as dist
+
+from .data import Split, hold_out
+from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
 from .settings import Setting
 from .sources import load
-from .storage import read_json, write_json
-from .train import split_data, train
+from .storage import Tensors, load_model, read_json, write_json
+from .train import train
+
+Reader = Callable[[str], Split | None]
 
 
 def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto") -> None:
     """Train every setting with each of its seeds; what is done is skipped.
+
+    Under torchrun each process calls this; the first one alone writes and prints.
 
     Raises:
         ValueError: If settings, data, device and output folder do not fit together; before anything is written.
 
     """
     device = pick_device(device)
-    print(f"reading {data}", flush=True)
     read = cache(partial(load, data))
     runs = [(s, seed, out / s.slug / f"seed-{seed}") for s in settings for seed in s.seeds]
-    claims = []
-    for setting, seed, folder in runs:
-        training, validation = split_data(setting, seed, read)
-        digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-        claim = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, **digests}
-        _check_claim(folder, claim)
-        claims.append(claim)
-    for (_, _, folder), claim in zip(runs, claims, strict=True):
-        write_json(folder / "setting.json", claim)
-    for number, (setting, seed, folder) in enumerate(runs, 1):
-        done = (folder / "model" / "model.onnx").exists()
-        print(f"run {number} of {len(runs)}: {setting.name}, seed {seed}: {'is done: ' if done else ''}{folder}", flush=True)
-        if not done:
-            with locked(folder):
-                if not (folder / "result.json").exists():
-                    train(setting, seed, read, folder, device, **_how(setting, device))
-                write_card(folder / "model")
-                export(folder / "model", folder / "model" / "model.onnx")
+    with processes(device) as rank:
+        print(f"reading {data}", flush=True)
+        claims = [_claim(setting, seed, folder, read) for setting, seed, folder in runs]
+        if rank == 0:
+            for (_, _, folder), claim in zip(runs, claims, strict=True):
+                write_json(folder / "setting.json", claim)
+        for number, (setting, seed, folder) in enumerate(runs, 1):
+            done = (folder / "result.json").exists()
+            what = f"{setting.name}, seed {seed}: {'is done: ' if done else ''}{folder}"
+            print(f"run {number} of {len(runs)}: {what}", flush=True)
+            if not done:
+                with locked(folder) if rank == 0 else nullcontext():
+                    run(setting, seed, read, folder, device, rank, **_how(setting, device))
+
+
+def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
+        **how: Any) -> dict[str, Any]:  # fmt: skip
+    """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
+
+    Returns:
+        The content of result.json, whose presence means done.
+
+    """
+    training, validation = split_data(setting, seed, read)
+    first_weights = _first_weights(setting, seed, training) if setting.start_from else None
+    model, config, result = train(setting, seed, training, validation, folder, device, first_weights=first_weights, **how)
+    if rank == 0:
+        result |= finish(folder / "model", model, config, validation, read("test"), device)
+        write_json(folder / "result.json", result)
+    return result
+
+
+def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]:
+    """Return the training and the validation images: the source's own "val" split, or a held-out part of "train".
+
+    Raises:
+        ValueError: If the setting asks for more images than there are.
+
+    """
+    everything = read("train")
+    if everything is None:
+        raise ValueError("the data set has no training split")
+    kept, held = hold_out(everything.labels, setting.validation_size, seed)
+    training, validation = everything.subset(kept), everything.subset(held)
+    if setting.validation_size and (own := read("val")):
+        training, validation = everything, own
+    if setting.batch_size > len(training):
+        raise ValueError(f"key 'batch_size': found {setting.batch_size}; allowed: at most the {len(training)} training images")
+    return training, validation
+
+
+def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
+    """Take the weights of another model; its last layer only where the classes are the same."""
+    trained, config = load_model(str(setting.start_from))
+    where = f"key 'start_from': {setting.start_from}"
+    before = config.get("setting", {}).get("validation_size", 0)
+    if config.get("data") == training.source and (config.get("seed") != seed or before < setting.validation_size):
+        raise ValueError(f"{where} was trained on the same data with seed {config.get('seed')} and validation_size {before}; "
+                         "allowed: this seed and no larger a validation_size, or it has learned from images that are to "
+                         "validate it")  # fmt: skip
+    wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
+    if wrong := [key for key in wanted if wanted[key] != config["architecture"].get(key) and key != "weight_init"]:
+        raise ValueError(f"{where} is another network; it differs in '{wrong[0]}'")
+    return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
+
+
+@contextmanager
+def processes(device: str) -> Iterator[int]:
+    """Join the other processes that torchrun started, if it did; give the rank of this one. Only rank 0 prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield 0
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
+            yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 def _how(setting: Setting, device: str) -> dict[str, Any]:
     """Resolve what a setting leaves to the machine."""
-    bfloat16 = setting.precision == "bfloat16" or (setting.precision == "auto" and computes_in_bfloat16(device))
+    automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
+    precision = automatic if setting.precision == "auto" else setting.precision
     compiled = setting.compile and has_compiler()
     if setting.compile and not compiled:
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
-    precision = "bfloat16" if bfloat16 else "float32"
     facts = environment(device) | {"precision": precision, "compiled": compiled}
-    return {"bfloat16": bfloat16, "compiled": compiled, "environment": facts}
+    return {"precision": precision, "compiled": compiled, "environment": facts}
 
 
 @contextmanager
@@ -81,8 +150,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_claim(folder: Path, claim: dict[str, Any]) -> None:
-    """Make sure that the folder is free or holds this very run."""
+def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str, Any]:
+    """Say what the folder is to hold, and make sure that it is free or holds this very run."""
+    training, validation = split_data(setting, seed, read)
+    digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
+    claim: dict[str, Any] = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, **digests}
     if (folder / "setting.json").exists():
         found = read_json(folder / "setting.json")
         before, now = ({**value["setting"], **value, "setting": None} for value in (found, claim))
@@ -93,3 +165,4 @@ def _check_claim(folder: Path, claim: dict[str, Any]) -> None:
     for parent in (out for out in folder.parents if out.exists()):
         if not parent.is_dir():
             raise ValueError(f"{parent}: is a file; --out needs a folder")
+    return claim

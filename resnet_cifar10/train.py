@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch import distributed as dist
 
 from . import storage
-from .data import Split, batches, hold_out, mean_and_std, normalise
-from .evaluate import accuracy, evaluate, fit_temperature, negative_log_likelihood, predict, rejection_threshold
-from .infer import SIZE
+from .data import Split, batches, mean_and_std, normalise
+from .evaluate import accuracy, negative_log_likelihood, predict
 from .model import ResNet, parameter_count
 from .settings import Setting
 
@@ -56,25 +56,6 @@ def patience_ended(setting: Setting, epoch: int, best_epoch: int) -> bool:
     return setting.patience is not None and epoch - since >= setting.patience
 
 
-def split_data(setting: Setting, seed: int, read: Callable[[str], Split | None]) -> tuple[Split, Split]:
-    """Return the training and the validation images: the source's own "val" split, or a held-out part of "train".
-
-    Raises:
-        ValueError: If the setting asks for more images than there are.
-
-    """
-    everything = read("train")
-    if everything is None:
-        raise ValueError("the data set has no training split")
-    kept, held = hold_out(everything.labels, setting.validation_size, seed)
-    training, validation = everything.subset(kept), everything.subset(held)
-    if setting.validation_size and (own := read("val")):
-        training, validation = everything, own
-    if setting.batch_size > len(training):
-        raise ValueError(f"key 'batch_size': found {setting.batch_size}; allowed: at most the {len(training)} training images")
-    return training, validation
-
-
 def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters; "fused" updates them in one kernel."""
     if setting.optimizer == "sgd":
@@ -84,64 +65,71 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
 
-def train(setting: Setting, seed: int, read: Callable[[str], Split | None], folder: Path, device: str = "cpu",
-          bfloat16: bool = False, compiled: bool = False,
-          environment: dict[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+def train(setting: Setting, seed: int, training: Split, validation: Split, folder: Path, device: str = "cpu",
+          precision: str = "float32", compiled: bool = False, first_weights: storage.Tensors | None = None,
+          environment: dict[str, Any] | None = None) -> tuple[ResNet, dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Train one setting with one seed into a run folder, or go on where the folder's last checkpoint stands.
+
+    Where torch.distributed is initialised, every process calls this with the same arguments and gets its part of each
+    batch; the first one alone writes.
 
     Args:
         setting: The row of the table.
-        seed: Of the initial weights, the held-out split, the order of the images and their augmentation.
-        read: Gives the split "train", "val" or "test", or None. "test" is asked for once, at the end.
-        folder: The run folder; result.json is its last file, whose presence means done.
+        seed: Of the initial weights, the order of the images and their augmentation.
+        training: The images to learn from.
+        validation: The held-out images that choose the best epoch; may be empty, then the last epoch is the best.
+        folder: The run folder.
         device: "cpu" or "cuda".
-        bfloat16: Compute in bfloat16 where that loses nothing (autocast); the weights stay float32.
+        precision: "bfloat16" computes in bfloat16 where that loses nothing (autocast), the weights stay float32;
+            "float32", or "float64".
         compiled: Compile the training step with torch.compile.
+        first_weights: Replace the initial weights of the same names.
         environment: Facts about machine and versions that go into environment.json; where one of them has changed,
             a resumed run is marked as not bit-exact.
 
     Returns:
-        The content of result.json.
+        The network with its best weights, the start of its config.json and the start of result.json.
 
     Raises:
-        ValueError: If data, setting and run folder do not fit together.
+        ValueError: If run folder, setting and number of processes do not fit together.
         TrainingFailed: If the loss is no longer finite.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    steps = math.ceil(len(training) / setting.batch_size)
+    last_batch = len(training) - (steps - 1) * setting.batch_size
+    if min(last_batch, setting.batch_size) < processes:
+        raise ValueError(f"key 'batch_size': found {setting.batch_size}, with a last batch of {last_batch} images; "
+                         f"allowed: at least one image for each of {processes} processes")  # fmt: skip
     name = f"{setting.name}, seed {seed}"
-    training, validation = split_data(setting, seed, read)
     mean, std = mean_and_std(training.images)
-
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
     torch.manual_seed(seed)
-    architecture: dict[str, Any] = {
-        "depth": setting.depth, "classes": len(training.classes), "block": setting.block,
-        "shortcut": setting.shortcut == "identity", "activation": setting.activation, "leaky_slope": setting.leaky_slope,
-        "normalization": setting.normalization, "weight_init": setting.weight_init,
-    }  # fmt: skip
-    model = ResNet(**architecture).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if setting.start_from:
-        _start_from(model, setting, seed, training)
+    architecture = setting.architecture(len(training.classes))
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = ResNet(**architecture)
+    model.load_state_dict(first_weights or {}, strict=False)
+    model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(setting, model)
     environment = (environment or {}) | {
         "data": training.source, "training_sha256": training.sha256,
         "training_images": len(training), "validation_images": len(validation),
     }  # fmt: skip
-    training, validation_images = training.to(device), validation.images.to(device)
+    training, validation_images = training.to(device), validation.images[rank::processes].to(device)
     mean_tensor, std_tensor = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     fill = (mean_tensor * 255).round().to(torch.uint8)
 
     def forward(x: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            return model(x).float()  # type: ignore[no-any-return]
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            return model(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
 
     def loss_and_hits(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = forward(normalise(images, mean_tensor, std_tensor))
         hits = (logits.argmax(1) == targets.argmax(1)).sum()
-        return F.cross_entropy(logits, targets, label_smoothing=setting.label_smoothing), hits
+        return F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing), hits
 
     fast_step = torch.compile(loss_and_hits) if compiled else loss_and_hits
     fast_forward = torch.compile(forward) if compiled else forward
@@ -150,24 +138,30 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
     rows: list[dict[str, Any]] = []
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0, "not_bit_exact": ""}
     best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    if checkpoint := storage.load_checkpoint(folder):
-        tensors, state, problem = checkpoint
+    found = [storage.load_checkpoint(folder) if rank == 0 else None]
+    if processes > 1:
+        dist.broadcast_object_list(found)
+    if found[0]:
+        tensors, state, problem = found[0]
         _restore(tensors, model, optimizer, best)
-        rows = [row for row in storage.read_metrics(folder) if row["epoch"] <= state["epoch"]]
-        before = storage.read_json(folder / "environment.json")
-        if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
-            state["not_bit_exact"] = f"resumed after epoch {state['epoch']} with another {', '.join(changed)}"
-        for line in filter(None, (problem, state["not_bit_exact"])):
-            print(f"{name}: {line}", flush=True)
-    storage.write_json(folder / "environment.json", environment)
+        if rank == 0:
+            rows = [row for row in storage.read_metrics(folder) if row["epoch"] <= state["epoch"]]
+            before = storage.read_json(folder / "environment.json")
+            if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
+                state["not_bit_exact"] = f"resumed after epoch {state['epoch']} with another {', '.join(changed)}"
+            for line in filter(None, (problem, state["not_bit_exact"])):
+                print(f"{name}: {line}", flush=True)
+    if rank == 0:
+        storage.write_json(folder / "environment.json", environment)
     print(f"{name}: {setting.model}, {parameter_count(model):,} parameters; {training.source}: {len(training):,} training "
-          f"and {len(validation):,} validation images; {device}, {'bfloat16' if bfloat16 else 'float32'}"
+          f"and {len(validation):,} validation images; {device}, {precision}"
+          f"{f', {processes} processes' if processes > 1 else ''}"
           f"{', compiled (the first time takes a minute)' if compiled else ''}"
           f"{'; goes on after epoch ' + str(state['epoch']) if rows else ''}", flush=True)  # fmt: skip
 
-    steps = math.ceil(len(training) / setting.batch_size)
+    full = len(range(rank, setting.batch_size, processes))  # this process's part of a whole batch
     console = Console()
-    in_pipe = not console.is_terminal  # there the epoch lines alone tell the progress
+    in_pipe = rank > 0 or not console.is_terminal  # there the epoch lines alone tell the progress
     with _stop_signals() as received:
         for epoch in range(state["epoch"] + 1, setting.epochs + 1):
             if patience_ended(setting, state["epoch"], state["best_epoch"]):
@@ -175,20 +169,26 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
             started = time.perf_counter()
             model.train()
             totals = torch.zeros(2, dtype=torch.float64, device=device)
-            epoch_batches = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill)
+            epoch_batches = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill, rank, processes)
             shown = track(epoch_batches, f"epoch {epoch}", steps, console=console, transient=True, disable=in_pipe)
             for step, (images, targets) in enumerate(shown):
                 rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 # a last, smaller batch would have to be compiled for itself
-                loss, hits = (fast_step if len(images) == setting.batch_size else loss_and_hits)(images, targets)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss, hits = (fast_step if len(images) == full else loss_and_hits)(images, targets)
+                (loss / (last_batch if step == steps - 1 else setting.batch_size)).backward()  # type: ignore[no-untyped-call]
+                if processes > 1:
+                    _sum_gradients(model)
                 optimizer.step()
                 optimizer.zero_grad()
-                totals += torch.stack([loss.detach().double() * len(images), 100 * hits.double()])
+                totals += torch.stack([loss.detach().double(), 100 * hits.double()])
                 if received:
                     raise Interrupted(received[0])
+            if processes > 1:
+                dist.all_reduce(totals)
+                for buffer in model.buffers():  # the running statistics of the first process
+                    dist.broadcast(buffer, 0)
             train_loss, train_accuracy = (totals / len(training)).tolist()
             if not math.isfinite(train_loss):
                 raise TrainingFailed(f"{name}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}; "
@@ -198,79 +198,49 @@ def train(setting: Setting, seed: int, read: Callable[[str], Split | None], fold
             model.eval()
             validation_loss = validation_accuracy = None
             if len(validation):
-                logits = predict(fast_forward, validation_images, mean, std).cpu()
-                validation_loss = negative_log_likelihood(logits, validation.labels)
-                validation_accuracy = accuracy(logits, validation.labels)
+                part = predict(fast_forward, validation_images, mean, std)
+                logits = part.new_zeros(len(validation), part.shape[1])
+                logits[rank::processes] = part
+                if processes > 1:
+                    dist.all_reduce(logits)
+                validation_loss = negative_log_likelihood(logits.cpu(), validation.labels)
+                validation_accuracy = accuracy(logits.cpu(), validation.labels)
             state["epoch"] = epoch
-            if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
+            improved = validation_accuracy is None or validation_accuracy > state["best_accuracy"]
+            if improved:
                 state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
                 best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-                storage.write_tensors(folder / "best.safetensors", best, {"epoch": epoch})
+            if rank > 0:
+                continue
             values = (epoch, train_loss, train_accuracy, validation_loss, validation_accuracy, rate,
                       trained - started, time.perf_counter() - trained)  # fmt: skip
             rows.append(dict(zip(storage.METRICS, values, strict=True)))
+            if improved:
+                storage.write_tensors(folder / "best.safetensors", best, {"epoch": epoch})
             storage.write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
             storage.save_checkpoint(folder, _collect(model, optimizer, best), state)
             print(_epoch_line(name, setting.epochs, rows, state), flush=True)
 
-    # The result: the best weights; the test split is read once, here.
-    storage.write_tensors(folder / "best.safetensors", best, {"epoch": state["best_epoch"]})
+    if rank == 0:
+        storage.write_tensors(folder / "best.safetensors", best, {"epoch": state["best_epoch"]})
     model.load_state_dict(best)
-    about = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
-             "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": state["best_epoch"]}  # fmt: skip
-    metrics = finish(folder / "model", model, about, validation, read("test"), device)
-    result = {
+    minutes = sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60
+    config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
+              "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": state["best_epoch"]}  # fmt: skip
+    return model.float().eval(), config, {
         "setting": setting.name, "seed": seed, "parameters": parameter_count(model), "data": training.source,
         "epochs_run": state["epoch"], "best_epoch": state["best_epoch"], "stopped_early": state["epoch"] < setting.epochs,
-        "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
-        "not_bit_exact": state["not_bit_exact"], **metrics,
+        "train_minutes": minutes, "not_bit_exact": state["not_bit_exact"],
     }  # fmt: skip
-    storage.write_json(folder / "result.json", result)
-    return result
 
 
-def finish(folder: Path, model: ResNet, about: dict[str, Any], validation: Split, test: Split | None,
-           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
-    """Find temperature and rejection threshold on validation, read the test split, write the model folder.
-
-    Returns:
-        The metrics of "validation" and "test", None for a split that is not there.
-
-    """
-    model.eval()
-    temperature, threshold = 1.0, 0.0
-    metrics: dict[str, Any] = {"validation": None, "test": None}
-    for part, split in (("validation", validation), ("test", test)):
-        if split is None or not len(split):
-            continue
-        logits = predict(model, split.images.to(device), about["mean"], about["std"]).cpu()
-        if part == "validation":
-            temperature = fit_temperature(logits, split.labels)
-            threshold = rejection_threshold(logits, temperature)
-        metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
-        print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
-    kept = {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()}
-    storage.save_model(folder, model, about | {
-        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": threshold,
-        "accuracy": kept,
-    })  # fmt: skip
-    return metrics
-
-
-def _start_from(model: ResNet, setting: Setting, seed: int, training: Split) -> None:
-    """Take the weights of another model; its last layer only where the classes are the same."""
-    trained, config = storage.load_model(str(setting.start_from))
-    before = config.get("setting", {}).get("validation_size", 0)
-    if config.get("data") == training.source and (config.get("seed") != seed or before < setting.validation_size):
-        raise ValueError(f"key 'start_from': {setting.start_from} was trained on the same data with seed {config.get('seed')} "
-                         f"and validation_size {before}; allowed: this seed and no larger a validation_size, or it has "
-                         "learned from images that are to validate it")  # fmt: skip
-    same = config["classes"] == list(training.classes)
-    weights = {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
-    wanted = model.state_dict()
-    if wrong := [key for key in weights if key not in wanted or wanted[key].shape != weights[key].shape]:
-        raise ValueError(f"key 'start_from': {setting.start_from} is another network; it differs in '{wrong[0]}'")
-    model.load_state_dict(weights, strict=False)
+def _sum_gradients(model: ResNet) -> None:
+    """Add the gradients of all processes, in one piece and one order, so that a restarted run repeats every bit."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def _collect(model: ResNet, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> storage.Tensors:
@@ -308,6 +278,10 @@ def _stop_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
+    except RuntimeError:
+        if received:  # another process of this run has stopped first
+            raise Interrupted(received[0]) from None
+        raise
     finally:
         restore()
 

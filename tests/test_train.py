@@ -16,7 +16,8 @@ from resnet_cifar10 import storage
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import load_checkpoint
-from resnet_cifar10.train import TrainingFailed, patience_ended, train
+from resnet_cifar10.study import run as train_run
+from resnet_cifar10.train import TrainingFailed, patience_ended
 
 # One thread: the same on every machine, and quick beside other work.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -103,8 +104,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, number: si
 def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
     folder = tmp_path / "runs" / "small" / "seed-0"
     run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
-    for name in ("result.json", "model/model.onnx"):
-        (folder / name).unlink()
+    (folder / "result.json").unlink()
     content = bytearray((folder / "last.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "last.safetensors").write_bytes(content)
@@ -163,7 +163,7 @@ def setting(**changes: object) -> Setting:
 def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Path) -> None:
     wild = setting(lr=100.0, normalization="none", shortcut="none", model="resnet56", epochs=5)
     with pytest.raises(TrainingFailed, match=r"no longer finite in epoch \d, at lr 100"):
-        train(wild, 0, lambda part: images(), tmp_path, "cpu")
+        train_run(wild, 0, lambda part: images(), tmp_path, "cpu")
     assert not (tmp_path / "result.json").exists()
 
 
@@ -172,7 +172,7 @@ def test_every_optimizer_learns_and_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     row = setting(optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.003, nesterov=optimizer == "sgd", epochs=6)
-    result = train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
+    result = train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
     assert result["test"]["accuracy"] > 50
 
     def save_then_die(folder: Path, tensors: storage.Tensors, state: dict[str, int]) -> None:
@@ -183,8 +183,8 @@ def test_every_optimizer_learns_and_resumes_exactly(
     save_checkpoint = storage.save_checkpoint
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(storage, "save_checkpoint", save_then_die)
-        train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
-    train(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
+        train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
+    train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
     assert (tmp_path / "parts/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
 
 
@@ -200,17 +200,18 @@ def test_patience_waits_for_the_last_decay() -> None:
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     hopeless = setting(lr=1e-9, patience=2, epochs=50, augmentation="none")
-    result = train(hopeless, 0, lambda part: None if part == "val" else images(), tmp_path, "cpu")
+    result = train_run(hopeless, 0, lambda part: None if part == "val" else images(), tmp_path, "cpu")
     assert result["stopped_early"]
     assert result["epochs_run"] == result["best_epoch"] + 2
 
 
 def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
-    result = train(setting(validation_size=0, epochs=3), 0, lambda part: images() if part == "train" else None, tmp_path, "cpu")
+    row = setting(validation_size=0, epochs=3)
+    result = train_run(row, 0, lambda part: images() if part == "train" else None, tmp_path, "cpu")
     assert (result["best_epoch"], result["validation"], result["test"]) == (3, None, None)
 
 
 def test_a_validation_split_of_its_own_is_used_whole(tmp_path: Path) -> None:
-    train(setting(), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
+    train_run(setting(), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert (environment["training_images"], environment["validation_images"]) == (64, 128)
