@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
@@ -51,7 +55,7 @@ def evaluate(
     from .evaluate import evaluate_model
     from .sources import load
 
-    test = load(data, "test")
+    test = load(data, "test", os.cpu_count() or 1)
     if test is None:
         raise ValueError(f"{data}: has no test split")
     metrics = evaluate_model(model, test)
@@ -74,36 +78,43 @@ def evaluate(
 def infer(
     photo: Annotated[list[str], typer.Argument(help="Photos, folders of photos, or '-' for standard input.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
-    figure: Annotated[Path | None, typer.Option(help="Write the photos and their labels as one picture (PNG).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the photos, their labels and where it looked (PNG).")] = None,
+    explain: Annotated[Path | None, typer.Option(help="Draw where it looked, over the one photo (PNG).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Classify photos; needs no PyTorch."""
     from .infer import Classifier
     from .photo import read_photo, views
 
+    names = _photos(photo)
+    if explain and len(names) > 1:
+        raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")
     classifier = Classifier(model)
-    results, failed = [], False
-    for name in _photos(photo):
+    answers, pictures = [], []
+    for name in names:
         try:
             image = read_photo(BytesIO(sys.stdin.buffer.read()) if name == "-" else Path(name))
         except ValueError as error:  # the other photos still count
             print(f"error: {error}", file=sys.stderr)
-            failed = True
             continue
         prediction = classifier.classify(views(image))
-        results.append((name, image, prediction))
+        answers.append({"file": name, **asdict(prediction)})
         if not as_json:
             print(f"{name}: {prediction}")
+        if figure or explain:
+            from .explain import activation, heat_map
+
+            heat = heat_map(image, activation(classifier, image, prediction.label))
+            pictures.append((Path(name).name, image, heat, prediction))
     if as_json:
-        print(json.dumps([{"file": name, **asdict(prediction)} for name, _, prediction in results]))
-    if figure and results:
+        print(json.dumps(answers))
+    if explain and pictures:
+        _save(pictures[0][2], explain)
+    if figure and pictures:
         from .figure import figure as draw
 
-        try:
-            draw([(Path(name).name, image, prediction) for name, image, prediction in results]).save(figure, "PNG")
-        except OSError as error:
-            raise ValueError(f"{figure}: cannot be written: {error.strerror}") from None
-    if failed:
+        _save(draw(pictures), figure)
+    if len(answers) < len(names):
         raise typer.Exit(2)
 
 
@@ -111,13 +122,22 @@ def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         path = Path(argument)
-        if not path.is_dir():
-            names.append(argument)
-        elif inside := sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES):
-            names += inside
-        else:
+        try:
+            files = path.iterdir() if path.is_dir() else None
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
+        inside = [argument] if files is None else sorted(str(file) for file in files if file.suffix.lower() in PHOTO_SUFFIXES)
+        if not inside:
             raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
+        names += inside
     return names
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    try:
+        picture.save(file, "PNG")
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 @app.command()

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .infer import SIZE, Classifier
+from .infer import Classifier
+from .photo import boxes, views
 
+GRID = 64  # places of a side of the photo
 LONGEST_SIDE = 640  # pixels of the drawn picture
 OPACITY = 0.65  # of the colour over the photo
 # Five colours of matplotlib's "inferno" (CC0), from cold to hot. Its lightness only rises, so it reads the same to
@@ -17,14 +19,21 @@ COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252
 
 
 def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Say how much each place of the whole picture spoke for a class: float32 [8, 8], in logits times temperature."""
-    whole = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BOX))
-    (maps,) = classifier.session.run(["activation_map"], {"images": whole[None]})
-    return maps[0, classifier.classes.index(label)]  # type: ignore[no-any-return]
+    """Say how much each place of a photo spoke for a class: float32 [64, 64], in logits, the mean of the views that show it."""
+    (maps,) = classifier.session.run(["activation_map"], {"images": views(photo)})
+    upright, mirrored = np.split(maps[:, classifier.classes.index(label)], 2)  # each [boxes, 8, 8]
+    places = (np.array(boxes(*photo.size)) * GRID / (photo.size * 2)).round().astype(int).tolist()
+    total, seen = np.zeros((2, GRID, GRID), np.float32)
+    for (left, top, right, bottom), view in zip(places, (upright + mirrored[:, :, ::-1]) / 2, strict=True):
+        drawn = Image.fromarray(view).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+        total[top:bottom, left:right] += np.asarray(drawn)
+        seen[top:bottom, left:right] += 1
+    total /= seen.clip(1)
+    return total
 
 
 def heat_map(photo: Image.Image, activation: np.ndarray[Any, np.dtype[np.float32]]) -> Image.Image:
-    """Lay an activation map [8, 8] over its photo: what spoke against the class is cold, the highest place is hottest."""
+    """Lay an activation map [H, W] over its photo: what spoke against the class is cold, the highest place is hottest."""
     scale = min(1.0, LONGEST_SIDE / max(photo.size))
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     positive = activation.clip(min=0)

@@ -26,7 +26,6 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
     name = file if isinstance(file, Path) else "standard input"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a photo is not our user's concern
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
@@ -35,14 +34,19 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"not an image; allowed: {', '.join(FORMATS)}"
+        if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+            reason = f"too large; allowed: at most {Image.MAX_IMAGE_PIXELS:,} pixels"
+        elif isinstance(error, UnidentifiedImageError):
+            empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
+            reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
         raise ValueError(f"{name}: {reason}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65_535) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("a grey picture of 32 bits; allowed: 8 and 16 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, NEUTRAL)
@@ -54,12 +58,22 @@ def square(image: Image.Image, size: int) -> Image.Image:
     """Cut out the centre square and reduce it to size x size by area averaging."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    resample = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    return image.resize((size, size), resample, box=(left, top, left + side, top + side))
+    return _reduced(image, (left, top, left + side, top + side), size)
+
+
+def _reduced(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+    smallest = min(box[2] - box[0], box[3] - box[1])
+    return image.resize((size, size), Image.Resampling.BOX if smallest >= size else Image.Resampling.BILINEAR, box=box)
+
+
+def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
+    """Choose the parts of a photo that the network sees, as left, top, right, bottom: the whole and a closer square."""
+    side = 0.75 * min(width, height)
+    x, y = (width - side) / 2, (height - side) / 2
+    return [(0, 0, width, height), (x, y, x + side, y + side)]
 
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Reduce a photo to the views whose probabilities are averaged: uint8 [V, 32, 32, 3]."""
-    whole = photo.resize((SIZE, SIZE), Image.Resampling.BOX)
-    upright = np.stack([np.asarray(square(photo, SIZE)), np.asarray(whole)])
-    return np.concatenate([upright, upright[:, :, ::-1]])  # and mirrored
+    """Reduce every box of a photo by area averaging, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
+    upright = np.stack([np.asarray(_reduced(photo, box, SIZE)) for box in boxes(*photo.size)])
+    return np.concatenate([upright, upright[:, :, ::-1]])

@@ -56,8 +56,6 @@ HEADERS = {
 
 def _answer(classifier: Classifier, content: bytes, explain: bool) -> dict[str, Any]:
     try:
-        if not content:
-            raise ValueError("the file is empty")
         photo = read_photo(BytesIO(content))
     except ValueError as error:
         return {"error": str(error).removeprefix("standard input: ")}

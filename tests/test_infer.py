@@ -3,9 +3,13 @@
 import io
 import json
 import os
+import resource
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,40 +83,80 @@ def test_nothing_is_written_to_the_home_folder(model: Path, photo: Image.Image, 
     assert list(home.rglob("*")) == []
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
-def test_exif_orientation_makes_no_difference(photo: Image.Image, orientation: int) -> None:
+def saved(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file
+
+
+def sixteen_bit_png(pixels: np.ndarray) -> io.BytesIO:
+    """Write uint8 [H, W, channels] as a PNG of 16 bits; Pillow cannot."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_makes_no_difference(photo: Image.Image, orientation: int, kind: str) -> None:
     turned = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-              8: Image.Transpose.ROTATE_270}[orientation]  # fmt: skip
+              8: Image.Transpose.ROTATE_270}  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = io.BytesIO()
-    photo.transpose(turned).save(file, "PNG", exif=exif)
-    assert np.array_equal(read_photo(file), photo)
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    stored = photo.transpose(turned[orientation]) if orientation > 1 else photo
+    read = np.asarray(read_photo(saved(stored, kind, exif=exif, **options)))
+    assert np.abs(read.astype(int) - np.asarray(photo)).max() <= (3 if kind == "JPEG" else 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_lossless_formats_give_the_same_pixels(photo: Image.Image, kind: str) -> None:
-    file = io.BytesIO()
-    photo.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    assert np.array_equal(read_photo(file), photo)
+    assert np.array_equal(read_photo(saved(photo, kind, **({"lossless": True} if kind == "WEBP" else {}))), photo)
 
 
 def test_modes_become_the_colours_that_a_viewer_shows(photo: Image.Image) -> None:
     def reread(image: Image.Image, kind: str = "PNG") -> np.ndarray:
-        file = io.BytesIO()
-        image.save(file, kind)
-        return np.asarray(read_photo(file)).astype(int)
+        return np.asarray(read_photo(saved(image, kind))).astype(int)
 
     grey = np.asarray(photo.convert("L"))
     assert np.array_equal(reread(Image.fromarray(grey)), np.repeat(grey[..., None], 3, 2))
-    sixteen_bits = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert np.array_equal(reread(sixteen_bits), np.repeat(grey[..., None], 3, 2))
+    for mode in ("P", "PA"):
+        assert np.array_equal(reread(photo.convert("P", palette=Image.Palette.ADAPTIVE).convert(mode), "TIFF"), photo)
     assert np.abs(reread(photo.convert("CMYK"), "TIFF") - np.asarray(photo)).max() <= 1
-    assert np.array_equal(reread(photo.convert("P", palette=Image.Palette.ADAPTIVE)), photo)
-    transparent = photo.convert("RGBA")
-    transparent.putalpha(0)
-    assert (reread(transparent) == 127).all()
+    assert np.abs(reread(photo.convert("CMYK"), "JPEG") - np.asarray(photo)).mean() <= 2
+    assert np.array_equal(np.unique(reread(photo.convert("1"))), [0, 255])
+    for alpha, shown in ((0, 127), (255, np.asarray(photo)), (128, (np.asarray(photo) + 127.0) / 2)):
+        transparent = photo.convert("RGBA")
+        transparent.putalpha(alpha)
+        assert np.abs(reread(transparent) - shown).max() <= 1
+    see_through = photo.convert("P", palette=Image.Palette.ADAPTIVE)
+    see_through.info["transparency"] = see_through.getpixel((0, 0))
+    assert (reread(see_through)[:, :80] == 127).all()
+
+
+def test_sixteen_bits_are_scaled_to_eight(photo: Image.Image) -> None:
+    rgb = np.asarray(photo)
+    assert np.array_equal(read_photo(sixteen_bit_png(rgb)), photo)
+    assert np.array_equal(read_photo(sixteen_bit_png(np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)]))), photo)
+    grey = np.asarray(photo.convert("L"))
+    assert np.array_equal(read_photo(sixteen_bit_png(grey[..., None])), np.repeat(grey[..., None], 3, 2))
+    tiff = saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")
+    assert np.array_equal(read_photo(tiff), np.repeat(grey[..., None], 3, 2))
+    for other in (np.int32, np.float32):  # no way to know what is white
+        with pytest.raises(ValueError, match="32 bits; allowed: 8 and 16"):
+            read_photo(saved(Image.fromarray(grey.astype(other)), "TIFF"))
+
+
+def test_of_moving_pictures_the_first_counts(photo: Image.Image) -> None:
+    for kind in ("GIF", "WEBP"):
+        moving = saved(photo, kind, save_all=True, append_images=[Image.new("RGB", photo.size)] * 2, lossless=True)
+        assert np.array_equal(read_photo(moving), photo)
 
 
 def test_a_square_is_the_centre_averaged_over_its_area() -> None:
@@ -165,22 +209,51 @@ def test_the_activation_map_averages_to_the_logit(model: Path) -> None:
     assert np.allclose(torch.tensor(logits).softmax(1).numpy(), probabilities, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("empty.jpg", b""), ("text.jpg", b"dear diary"), ("truncated.png", None), ("missing.jpg", None),
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("empty.jpg", b"", "empty; allowed: JPEG"), ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
+    ("missing.jpg", None, "No such file"), ("x" * 300, None, "too long"), ("folder.png/", None, "holds no photo"),
+    ("truncated.png", saved(Image.effect_noise((99, 99), 50), "PNG").getvalue()[:900], "truncated"),
+    ("truncated.jpg", saved(Image.effect_noise((99, 99), 50), "JPEG").getvalue()[:900], "truncated"),
+    ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", ""), ("loop.jpg", Path("loop.jpg"), "symbolic links"),
 ])  # fmt: skip
-def test_what_is_no_photo_gets_one_line_and_the_others_still_count(
-    model: Path, photo: Image.Image, tmp_path: Path, name: str, content: bytes | None
+def test_what_is_no_photo_gets_one_line_with_the_reason(
+    model: Path, tmp_path: Path, name: str, content: bytes | Path | None, reason: str
 ) -> None:
-    photo.save(tmp_path / "good.png")
-    if content is not None:
+    if name.endswith("/"):
+        (tmp_path / name).mkdir()
+    elif isinstance(content, Path):
+        (tmp_path / name).symlink_to(content)
+    elif content is not None:
         (tmp_path / name).write_bytes(content)
-    elif name == "truncated.png":
-        (tmp_path / name).write_bytes((tmp_path / "good.png").read_bytes()[:150])
-    status, output, errors = cli("infer", tmp_path / name, tmp_path / "good.png", "--model", model, "--json")
-    assert status == 2
+    status, output, errors = cli("infer", tmp_path / name, "--model", model)
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert name.strip("/") in errors
+    assert reason in errors
+
+
+def test_among_bad_photos_the_good_ones_still_count(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "good.png")
+    (tmp_path / "bad.jpg").write_bytes(b"dear diary")
+    status, output, errors = cli("infer", tmp_path, "-", "--model", model, "--json", "--figure", tmp_path / "figure.png")
+    assert (status, errors.count("\n")) == (2, 2)
+    assert "bad.jpg: not an image" in errors
+    assert "standard input: empty" in errors
     assert [Path(answer["file"]).name for answer in json.loads(output)] == ["good.png"]
-    assert errors.count("\n") == 1
-    assert name in errors
+    assert (tmp_path / "figure.png").exists()
+
+
+def test_explain_draws_over_the_one_photo(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "a.png")
+    assert cli("infer", tmp_path / "a.png", "--model", model, "--explain", tmp_path / "why.png")[0] == 0
+    with Image.open(tmp_path / "why.png") as drawn:
+        assert (drawn.format, drawn.size) == ("PNG", photo.size)
+    status, output, errors = cli("infer", tmp_path, "--model", model, "--explain", tmp_path / "b.png")
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert "--explain: found 2 photos; allowed: one" in errors
+    for option in ("--explain", "--figure"):
+        status, _, errors = cli("infer", tmp_path / "a.png", "--model", model, option, tmp_path / "nowhere" / "b.png")
+        assert (status, errors.count("\n")) == (2, 1)
+        assert "cannot be written" in errors
 
 
 def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: Path) -> None:
@@ -195,18 +268,15 @@ def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: 
     assert cli("infer", tmp_path / "empty", "--model", model)[0] == 2
 
 
-def test_a_picture_of_billions_of_pixels_is_refused(model: Path, tmp_path: Path) -> None:
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
+def test_a_picture_of_billions_of_pixels_is_refused_before_it_takes_memory(model: Path, tmp_path: Path) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(bytes(50_000)))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(50_000_000)))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     status, _, errors = cli("infer", tmp_path / "bomb.png", "--model", model)
     assert (status, errors.count("\n")) == (2, 1)
+    assert "bomb.png: too large; allowed: at most 89,478,485 pixels" in errors
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(before, 300_000)  # kilobytes
 
 
 def test_a_broken_model_folder_is_refused_with_the_reason(model: Path, photo: Image.Image, tmp_path: Path) -> None:
