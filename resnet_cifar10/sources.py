@@ -17,24 +17,24 @@ import torch
 from PIL import Image
 
 from .data import Split, hold_out
+from .decode import decode
 from .infer import SIZE
-from .photo import read_photo, square
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
 MAX_BATCH_BYTES = 100_000_000  # of one batch of the archive; the real ones have 31 MB
 MAX_ARCHIVE_BYTES = 1_000_000_000  # unpacked; the real one has 186 MB
-MAX_IMAGE_PIXELS = 1 << 16  # of one image in a parquet file
 
 
-def load(path: str | Path, split: str) -> Split | None:
+def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
     """Read one split, "train", "val" or "test", of a data set; None where the source has no such split.
 
     Args:
         path: "digits"; the archive cifar-10-python.tar.gz or a folder with it; its extracted folder, whole or in
             part; a folder with Hugging Face parquet files; or a folder train/<class>/*, optionally val/ and test/.
         split: Only this split is read.
+        processes: That decode at once. With more than one, call it from a module that can be imported.
 
     Raises:
         ValueError: With one line that names the file, what was found and what is allowed.
@@ -53,9 +53,9 @@ def load(path: str | Path, split: str) -> Split | None:
     if (path / ARCHIVE).is_file():
         return _from_archive(path / ARCHIVE, split)
     if any(path.rglob("*.parquet")):
-        return _from_parquet(path, split)
+        return _from_parquet(path, split, processes)
     if any((path / part).is_dir() for part in BATCHES):
-        return _from_class_folders(path, split)
+        return _from_class_folders(path, split, processes)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
     allowed = f"{ARCHIVE}, data_batch_1..5 and test_batch, parquet files, or train/<class>/*"
     raise ValueError(f"{path}: found {found}; allowed: {allowed}")
@@ -154,7 +154,7 @@ def _from_archive(archive: Path, split: str) -> Split | None:
 # --- Hugging Face parquet ---
 
 
-def _from_parquet(folder: Path, split: str) -> Split | None:
+def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,34 +176,26 @@ def _from_parquet(folder: Path, split: str) -> Split | None:
             raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {reason}") from None
     if not files:
         return None
-    images = np.empty((len(blobs), SIZE, SIZE, 3), np.uint8)
-    qualities: set[int] = set()
-    for i, blob in enumerate(blobs):
-        try:
-            with Image.open(io.BytesIO(blob or b""), formats=("JPEG", "PNG")) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels")
-                if image.format == "JPEG" and len(qualities) < 2:
-                    qualities.add(_jpeg_quality(image))
-                pixels = image if image.mode == "RGB" else image.convert("RGB")
-                images[i] = np.asarray(pixels if pixels.size == (SIZE, SIZE) else square(pixels, SIZE))
-        except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
-            raise ValueError(f"{folder}: image {i} of split '{split}' does not decode: {error}") from None
+    images = decode([blob or b"" for blob in blobs], f"{folder}: split '{split}'", processes)
+    qualities = {_jpeg_quality(blob) for blob in blobs[:: len(blobs) // 100 + 1] if blob} - {0}
     what = "CIFAR-10" if names == CIFAR10_CLASSES else folder.resolve().name
-    copy = {0: "", 1: f" (JPEG quality {max(qualities, default=0)} copy)"}.get(len(qualities), " (JPEG copy)")
+    copy = {0: "", 1: f" (JPEG quality {max(qualities or {0})} copy)"}.get(len(qualities), " (JPEG copy)")
     return _checked(images, labels, names, what + copy, folder)
 
 
-def _jpeg_quality(image: Image.Image) -> int:
-    """Recover the quality setting from the sum of the luminance table, 3,688 at quality 50 (libjpeg, jcparam.c)."""
-    percent = 100 * sum(image.quantization[0]) / 3688  # type: ignore[attr-defined]
+def _jpeg_quality(content: bytes) -> int:
+    """Recover the quality setting from the sum of the luminance table, 3,688 at quality 50 (libjpeg, jcparam.c); 0: no JPEG."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.format != "JPEG":
+            return 0
+        percent = 100 * sum(image.quantization[0]) / 3688  # type: ignore[attr-defined]
     return round(100 - percent / 2 if percent < 100 else 5000 / percent)
 
 
 # --- folders of images by class, and the digits inside scikit-learn ---
 
 
-def _from_class_folders(path: Path, split: str) -> Split | None:
+def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
     parts = {part: sorted(entry.name for entry in (path / part).iterdir()
                           if entry.is_dir() and entry.name[0] != ".")
              for part in BATCHES if (path / part).is_dir()}  # fmt: skip
@@ -219,7 +211,7 @@ def _from_class_folders(path: Path, split: str) -> Split | None:
              if file.name[0] != "."]  # fmt: skip
     if empty := set(range(len(classes))) - {label for _, label in files}:
         raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
-    images = np.stack([np.asarray(square(read_photo(file), SIZE)) for file, _ in files])
+    images = decode([file for file, _ in files], str(path), processes)
     return _checked(images, [label for _, label in files], tuple(classes), path.resolve().name, path)
 
 

@@ -34,7 +34,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
 
     """
     device = pick_device(device)
-    read = cache(partial(load, data))
+    read = cache(partial(load, data, processes=os.cpu_count() or 1))
     runs = [(s, seed, out / s.slug / f"seed-{seed}") for s in settings for seed in s.seeds]
     with processes(device) as rank:
         print(f"reading {data}", flush=True)
