@@ -22,7 +22,7 @@ test: .venv/ready  ## Style, types and behaviour; warnings are errors
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,ray,dev]'
 	touch $@
 
 clean:
