@@ -50,49 +50,34 @@ class IdentityShortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and the shortcut around them; normalise and activate after each convolution."""
+    """Two 3x3 convolutions and the shortcut around them.
 
-    def __init__(self, c_in: int, c_out: int, stride: int, norm: Callable[[int], nn.Module],
-                 activation: nn.Module, shortcut: bool, conv_bias: bool) -> None:  # fmt: skip
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=conv_bias)
-        self.norm1 = norm(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
-        self.norm2 = norm(c_out)
-        self.activation = activation
-        self.shortcut = IdentityShortcut(c_out - c_in, stride) if shortcut else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
-        out = self.activation(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(out))
-        if self.shortcut is not None:
-            out = out + self.shortcut(x)
-        return self.activation(out)  # type: ignore[no-any-return]
-
-
-class PreActivationBlock(nn.Module):
-    """The block of He et al. 2016 (arXiv:1603.05027): normalise and activate before each convolution."""
+    Post-activation (He et al. 2015) normalises and activates after each convolution, and activates the sum;
+    pre-activation (He et al. 2016, arXiv:1603.05027) normalises and activates before each convolution.
+    """
 
     def __init__(self, c_in: int, c_out: int, stride: int, norm: Callable[[int], nn.Module], activation: nn.Module,
-                 shortcut: bool, conv_bias: bool, activate_before_shortcut: bool) -> None:  # fmt: skip
+                 shortcut: bool, conv_bias: bool, pre: bool, first: bool) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=conv_bias)
+        self.norm1 = norm(c_in if pre else c_out)
         self.norm2 = norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
         self.activation = activation
         self.shortcut = IdentityShortcut(c_out - c_in, stride) if shortcut else None
-        self.activate_before_shortcut = activate_before_shortcut
+        self.pre, self.first = pre, first
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
-        activated = self.activation(self.norm1(x))
-        out = self.conv1(activated)
-        out = self.conv2(self.activation(self.norm2(out)))
+        if self.pre:
+            out = self.activation(self.norm1(x))
+            x = out if self.first else x  # the very first block activates before its shortcut too
+            out = self.conv2(self.activation(self.norm2(self.conv1(out))))
+        else:
+            out = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
         if self.shortcut is not None:
-            out = out + self.shortcut(activated if self.activate_before_shortcut else x)
-        return out  # type: ignore[no-any-return]
+            out = out + self.shortcut(x)
+        return out if self.pre else self.activation(out)  # type: ignore[no-any-return]
 
 
 class ResNet(nn.Module):
@@ -129,8 +114,7 @@ class ResNet(nn.Module):
         for stage, c_out in enumerate(WIDTHS):
             for unit in range(n):
                 stride = 2 if stage > 0 and unit == 0 else 1
-                arguments = (c_in, c_out, stride, norm, act, shortcut, conv_bias)
-                blocks.append(PreActivationBlock(*arguments, not blocks) if pre else Block(*arguments))
+                blocks.append(Block(c_in, c_out, stride, norm, act, shortcut, conv_bias, pre, first=not blocks))
                 c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.final_norm = norm(c_in) if pre else nn.Identity()

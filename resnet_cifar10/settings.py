@@ -7,13 +7,15 @@ import re
 import reprlib
 import tomllib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 AUGMENTATIONS = ("crop", "flip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Setting(BaseModel):
@@ -52,21 +54,20 @@ class Setting(BaseModel):
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
         parts = self.augmentation.split("_")
-        known = self.augmentation == "none" or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts))
-        milestones_rise = sorted(set(self.lr_milestones)) == self.lr_milestones
-        seeds_differ = len(set(self.seeds)) == len(self.seeds)
-        checks = (
-            ("name", self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
-            ("model", re.fullmatch(r"resnet[1-9]\d{0,3}", self.model) and self.depth % 6 == 2 and 8 <= self.depth <= 1202,
-             "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
-            ("augmentation", known, f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)"),
-            ("lr_milestones", milestones_rise and all(0 < m < 1 for m in self.lr_milestones), "rising fractions of the run"),
-            ("seeds", seeds_differ and all(0 <= s < 2**32 for s in self.seeds), "different whole numbers from 0 to 4294967295"),
-            ("patience", self.patience is None or self.validation_size > 0, "a validation_size above 0 to go with it"),
-            ("nesterov", not self.nesterov or (self.optimizer == "sgd" and self.momentum > 0),
-             "true only with optimizer 'sgd' and a momentum above 0"),
-        )  # fmt: skip
-        for key, right, allowed in checks:
+        checks = {
+            "name": (self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
+            "model": (re.fullmatch(r"resnet[1-9]\d{0,3}", self.model) and self.depth % 6 == 2 and 8 <= self.depth <= 1202,
+                      "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
+            "augmentation": (parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts)),
+                             f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)"),
+            "lr_milestones": (all(a < b for a, b in pairwise([0, *self.lr_milestones, 1])), "rising fractions of the run"),
+            "seeds": (len(set(self.seeds)) == len(self.seeds) and all(0 <= s < 2**32 for s in self.seeds),
+                      "different whole numbers from 0 to 4294967295"),
+            "patience": (self.patience is None or self.validation_size, "a validation_size above 0 to go with it"),
+            "nesterov": (not self.nesterov or (self.optimizer == "sgd" and self.momentum),
+                         "true only with optimizer 'sgd' and a momentum above 0"),
+        }  # fmt: skip
+        for key, (right, allowed) in checks.items():
             if not right:
                 raise ValueError(f"key '{key}': found {_short(getattr(self, key))}; allowed: {allowed}")
         return self
@@ -93,6 +94,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    defaults: dict[str, Any] = {}
+    setting: list[dict[str, Any]] = Field(min_length=1)
+
+
 def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> list[Setting]:
     """Read the rows of a settings table.
 
@@ -110,55 +118,41 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES:,} bytes")
-        table = tomllib.loads(content.decode())
+        values = tomllib.loads(content.decode())
     except OSError as error:
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML settings file: {_one_line(error)}") from None
-
-    for key in table:
-        if key not in ("defaults", "setting"):
-            raise ValueError(f"{path}: unknown table '{_one_line(key)}'; allowed: [defaults] and [[setting]]")
-    defaults, rows = table.get("defaults", {}), table.get("setting", [])
-    if not isinstance(defaults, dict):
-        raise ValueError(f"{path}: 'defaults' must be a table: [defaults]")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: no setting found; write at least one table [[setting]] with a name")
-
+    table = _validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
-    settings = [_parse(path, number, defaults | row | given) for number, row in enumerate(rows, 1)]
-    seen: dict[str, str] = {}
+    settings = [_validated(Setting, table.defaults | row | given, f"{path}: setting {_short(row.get('name', number))}")
+                for number, row in enumerate(table.setting, 1)]  # fmt: skip
+    seen: dict[str, Setting] = {}
     for setting in settings:
-        if setting.slug in seen:
-            raise ValueError(f"{path}: key 'name': '{setting.name}' and '{seen[setting.slug]}' give the same run folder "
+        if (twin := seen.setdefault(setting.slug, setting)) is not setting:
+            raise ValueError(f"{path}: key 'name': '{setting.name}' and '{twin.name}' give the same run folder "
                              f"'{setting.slug}'; names must differ in their letters and digits")  # fmt: skip
-        seen[setting.slug] = setting.name
     for name in only:
         if slug(name) not in seen:
-            raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(seen.values())}")
-    wanted = {slug(name) for name in only}
-    return [setting for setting in settings if not wanted or setting.slug in wanted]
+            raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(s.name for s in settings)}")
+    wanted = {slug(name) for name in only} or seen
+    return [setting for setting in settings if setting.slug in wanted]
 
 
-def _parse(path: Path, number: int, row: dict[str, Any]) -> Setting:
-    name = row.get("name")
-    where = f"{path}: setting {_short(name)}" if isinstance(name, str) else f"{path}: setting number {number}"
+def _validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
     try:
-        return Setting.model_validate(row)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        found = _short(first["input"])
-        match first["type"]:
-            case "extra_forbidden":
-                near = difflib.get_close_matches(key, Setting.model_fields, n=1, cutoff=0)[0]
-                message = f"unknown key '{_one_line(key)}'; did you mean '{near}'?"
-            case "missing":
-                message = f"key '{key}' is missing"
-            case "value_error":  # our own sentence
-                message = _one_line(first["ctx"]["error"])
-            case _:
-                message = f"key '{key}': found {found}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        message = f"key '{key}': found {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)[0]
+            message = f"unknown key '{_one_line(key)}'; did you mean '{near}'?"
+        elif first["type"] == "missing":
+            message = f"key '{key}' is missing"
+        elif first["type"] == "value_error":  # our own sentence
+            message = _one_line(first["ctx"]["error"])
         raise ValueError(f"{where}: {message}") from None
 
 

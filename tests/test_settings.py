@@ -206,7 +206,7 @@ WRONG_FILES = {  # the content, and what the sentence must name
     "defaults that are no table": (f"defaults = 3\n{ROW}", "defaults"),
     "table misspelt": (f"[default]\nlr = 0.1\n{ROW}", "default"),
     "key above the tables": (f"lr = 0.1\n{ROW}", "lr"),
-    "table name with an escape": (f'["\\u001b[2J"]\n{ROW}', "unknown table"),
+    "table name with an escape": (f'["\\u001b[2J"]\n{ROW}', "unknown key"),
     "not TOML": ("lr: 0.1", "not a TOML"),
     "key twice": (f"{ROW}lr = 1\nlr = 2", "not a TOML"),
     "unfinished": ('[[setting]]\nname = "a', "not a TOML"),
