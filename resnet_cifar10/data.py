@@ -123,7 +123,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     Args:
         split: The training images, on the device where the batches are wanted.
         batch_size: Images a batch.
-        augmentation: "none", or parts joined by "_": crop, flip (He et al. 2015, section 4.2), cutout
+        augmentation: "none", or parts joined by "_": crop, flip (He et al. 2015, section 4.2), photo, cutout
             (DeVries & Taylor 2017), mixup (Zhang et al. 2018).
         seed: Of the run.
         epoch: Counted from 1.
@@ -142,31 +142,33 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     def draw(below: int) -> Tensor:
         return torch.randint(below, (n, 1), generator=rng).to(device)
 
+    def outside(position: Tensor) -> Tensor:
+        return (position < 0) | (position >= SIZE)
+
     order = torch.randperm(n, generator=rng).to(device)
     pad = CROP_PADDING if "crop" in parts else 0
-    top, left, flip = draw(2 * pad + 1), draw(2 * pad + 1), draw(2 if "flip" in parts else 1).bool()
+    top, left, flip = draw(2 * pad + 1) - pad, draw(2 * pad + 1) - pad, draw(2 if "flip" in parts else 1).bool()
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     share = np.random.default_rng([seed, epoch]).beta(MIXUP_ALPHA, MIXUP_ALPHA, n)
     uniform = torch.rand(n if "photo" in parts else 0, 14, generator=rng)
 
     span = torch.arange(SIZE, device=device)
-    padded = fill.repeat(n, SIZE + 2 * pad, SIZE + 2 * pad, 1)
-    padded[:, pad : pad + SIZE, pad : pad + SIZE] = split.images
     one_hot = torch.eye(len(split.classes), device=device)
     for start in range(0, n, batch_size):
         i = order[start : start + batch_size][rank::processes]
         if "photo" in parts:  # every second image, so that the network stays good on images as they are
-            top[i[::2]] = left[i[::2]] = pad  # framed by photo_like instead
+            top[i[::2]] = left[i[::2]] = 0  # framed by photo_like instead
         rows, columns = top[i] + span, left[i] + torch.where(flip[i], span.flip(0), span)
-        images = padded[i[:, None, None], rows[:, :, None], columns[:, None, :]]
-        targets = one_hot[split.labels[i]]
+        images = split.images[i[:, None, None], rows.clamp(0, SIZE - 1)[:, :, None], columns.clamp(0, SIZE - 1)[:, None, :]]
+        erased = outside(rows)[:, :, None] | outside(columns)[:, None, :]
+        if "cutout" in parts:
+            in_rows, in_columns = ((2 * (span - hole[i]) + 1).abs() < CUTOUT_SIZE for hole in (hole_y, hole_x))
+            erased |= in_rows[:, :, None] & in_columns[:, None, :]
+        images, targets = torch.where(erased[..., None], fill, images), one_hot[split.labels[i]]
         if "photo" in parts:
             half = images[::2]
             noise = torch.randn(len(half), 3, SIZE, SIZE, generator=rng).to(device)
             images[::2] = photo_like(half, uniform[start : start + len(half)].to(device), noise)
-        if "cutout" in parts:
-            in_rows, in_columns = ((2 * (span - hole[i]) + 1).abs() < CUTOUT_SIZE for hole in (hole_y, hole_x))
-            images = torch.where((in_rows[:, :, None] & in_columns[:, None, :])[..., None], fill, images)
         if "mixup" in parts:  # with the same batch in reverse order
             images = (share[start] * images + (1 - share[start]) * images.flip(0)).round().to(torch.uint8)
             targets = share[start] * targets + (1 - share[start]) * targets.flip(0)
