@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache, partial
@@ -19,9 +20,10 @@ from .machine import computes_in_bfloat16, environment, has_compiler, pick_devic
 from .settings import Setting
 from .sources import load
 from .storage import Tensors, load_model, read_json, write_json
-from .train import train
+from .train import TrainingFailed, train
 
 Reader = Callable[[str], Split | None]
+Run = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
 
 def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto") -> None:
@@ -35,33 +37,43 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     """
     device = pick_device(device)
     read = cache(partial(load, data, processes=os.cpu_count() or 1))
-    runs = [(s, seed, out / s.slug / f"seed-{seed}") for s in settings for seed in s.seeds]
+    runs = run_folders(settings, out)
     with processes(device) as rank:
         print(f"reading {data}", flush=True)
-        claims = [_claim(setting, seed, folder, read) for setting, seed, folder in runs]
         if rank == 0:
-            for (_, _, folder), claim in zip(runs, claims, strict=True):
-                write_json(folder / "setting.json", claim)
-        for number, (setting, seed, folder) in enumerate(runs, 1):
-            done = (folder / "result.json").exists()
-            what = f"{setting.name}, seed {seed}: {'is done: ' if done else ''}{folder}"
+            claim(runs, read)
+        done = [[(folder / "result.json").exists() for *_, folder in runs]]
+        if dist.is_initialized():  # the file system of another host may be late
+            dist.broadcast_object_list(done)
+        for number, ((setting, seed, folder), is_done) in enumerate(zip(runs, done[0], strict=True), 1):
+            what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
-            if not done:
+            if not is_done:
                 with locked(folder) if rank == 0 else nullcontext():
-                    run(setting, seed, read, folder, device, rank, **_how(setting, device))
+                    run(setting, seed, read, folder, device, rank)
 
 
-def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
-        **how: Any) -> dict[str, Any]:  # fmt: skip
+def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
+    """Name the folder of every setting with each of its seeds."""
+    return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
+
+
+def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0) -> dict[str, Any]:
     """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
 
     Returns:
         The content of result.json, whose presence means done.
 
     """
+    automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
+    precision = automatic if setting.precision == "auto" else setting.precision
+    compiled = setting.compile and has_compiler()
+    if setting.compile and not compiled:
+        print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
-    first_weights = _first_weights(setting, seed, training) if setting.start_from else None
-    model, config, result = train(setting, seed, training, validation, folder, device, first_weights=first_weights, **how)
+    start = _first_weights(setting, seed, training) if setting.start_from else None
+    facts = environment(device) | {"precision": precision, "compiled": compiled}
+    model, config, result = train(setting, seed, training, validation, folder, device, precision, compiled, start, facts)
     if rank == 0:
         result |= finish(folder / "model", model, config, validation, read("test"), device)
         write_json(folder / "result.json", result)
@@ -114,40 +126,48 @@ def processes(device: str) -> Iterator[int]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise TrainingFailed(f"another process of this run has ended: {error}") from error
     finally:
         dist.destroy_process_group()
 
 
-def _how(setting: Setting, device: str) -> dict[str, Any]:
-    """Resolve what a setting leaves to the machine."""
-    automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
-    precision = automatic if setting.precision == "auto" else setting.precision
-    compiled = setting.compile and has_compiler()
-    if setting.compile and not compiled:
-        print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
-    facts = environment(device) | {"precision": precision, "compiled": compiled}
-    return {"precision": precision, "compiled": compiled, "environment": facts}
-
-
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the run folder for this process; the operating system frees the lock of a process that died.
 
     Raises:
-        ValueError: Naming the process that holds it.
+        ValueError: Naming the process that holds it, where this one is not to wait.
 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{folder}: process {file.read().strip()} is working on this run") from None
+            raise ValueError(f"{folder}: {file.read()} is working on this run") from None
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def claim(runs: Sequence[Run], read: Reader) -> None:
+    """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
+
+    Raises:
+        ValueError: Before anything is written.
+
+    """
+    claims = [(folder, _claim(setting, seed, folder, read)) for setting, seed, folder in runs]
+    for folder, content in claims:
+        write_json(folder / "setting.json", content)
 
 
 def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, folde
     full = len(range(rank, setting.batch_size, processes))  # this process's part of a whole batch
     console = Console()
     in_pipe = rank > 0 or not console.is_terminal  # there the epoch lines alone tell the progress
-    with _stop_signals() as received:
+    with stop_signals() as received:
         for epoch in range(state["epoch"] + 1, setting.epochs + 1):
             if patience_ended(setting, state["epoch"], state["best_epoch"]):
                 break
@@ -263,7 +263,7 @@ def _restore(tensors: storage.Tensors, model: ResNet, optimizer: torch.optim.Opt
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collect the first Ctrl-C or SIGTERM, so that the current step ends; a second one acts at once."""
     received: list[int] = []
 
@@ -278,10 +278,6 @@ def _stop_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
-    except RuntimeError:
-        if received:  # another process of this run has stopped first
-            raise Interrupted(received[0]) from None
-        raise
     finally:
         restore()
 
