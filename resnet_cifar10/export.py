@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .data import Split, normalise
 from .evaluate import accuracy, evaluate, fit_temperature, predict, rejection_threshold
-from .infer import SIZE, onnx_runtime, read_config
+from .infer import SIZE, onnx_runtime, read_config, seal
 from .model import ResNet
 from .storage import load_model, save_model, write
 
@@ -64,7 +64,7 @@ def export(model: str | Path, out: Path) -> float:
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {"classes": "\n".join(config["classes"])})
     onnx.checker.check_model(proto, full_check=True)
-    content = proto.SerializeToString()
+    content = seal(proto.SerializeToString())
     session = onnx_runtime().InferenceSession(content, providers=["CPUExecutionProvider"])
     theirs = session.run(["probabilities"], {"images": images.numpy()})[0]
     with torch.inference_mode():

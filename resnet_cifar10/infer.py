@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees
+SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf: one more entry of an ONNX file's metadata, 64 letters long
 CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejection_threshold")
 
 
@@ -81,6 +83,11 @@ def onnx_runtime() -> Any:
     return onnxruntime
 
 
+def seal(content: bytes) -> bytes:
+    """Append to the bytes of an ONNX file their SHA-256, which makes it part of the file's metadata."""
+    return content + SEAL + hashlib.sha256(content).hexdigest().encode()
+
+
 class Classifier:
     """The network of a model folder in ONNX Runtime."""
 
@@ -101,7 +108,11 @@ class Classifier:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            self.session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+            content = file.read_bytes()
+            body, end = content[: -len(seal(b""))], content[-len(seal(b"")) :]
+            if end.startswith(SEAL) and content != seal(body):
+                raise ValueError("damaged: its SHA-256 does not match")
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             shape = self.probabilities(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise ValueError(f"{file}: not an ONNX model: {' '.join(str(error).split())[:120]}") from None

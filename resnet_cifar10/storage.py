@@ -7,6 +7,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from .infer import model_folder, read_config
 from .model import ResNet
 
+ROOM = 16  # times the weights: three checkpoints of up to four (weights, best, two of Adam), and the files of the model
 LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
 METRICS = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr",
            "train_seconds", "validation_seconds")  # fmt: skip
@@ -25,23 +29,31 @@ Tensors = dict[str, Tensor]
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a whole file or leave the old one: temporary file in the same folder, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or leave the old one: temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: Naming the file and the reason.
+
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{path}: cannot be written: {error.strerror}") from None
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -95,7 +107,38 @@ def _sha256(tensors: Tensors, state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def check_tensors(file: Path, wanted: Mapping[str, Sequence[int]], tensors: Tensors) -> None:
+    """Make sure that a file holds the tensors of these names and shapes, and no other.
+
+    Raises:
+        ValueError: Naming the file and the first tensor that is missing, of another shape or unknown.
+
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        there, needed = found.get(name, "none"), tuple(wanted[name]) if name in wanted else "none"
+        if there != needed:
+            raise ValueError(f"{file}: tensor '{name}': found {there}, the network has {needed}")
+
+
 # --- the run folder ---
+
+
+def check_room(folder: Path, parameters: int) -> None:
+    """Make sure that a network of so many parameters can be saved into a folder, before hours go into its training.
+
+    Raises:
+        ValueError: Naming the folder, what was found and what is needed.
+
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there}: is a file; --out needs a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there}: cannot be written; --out needs a folder that can")
+    free, needed = shutil.disk_usage(there).free, ROOM * 4 * parameters
+    if free < needed:
+        raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")
 
 
 def save_checkpoint(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
@@ -177,18 +220,14 @@ def load_model(model: str | Path) -> tuple[ResNet, dict[str, Any]]:
     folder = model_folder(model)
     config = read_config(folder)
     tensors, _ = read_tensors(folder / "model.safetensors")
+    classes = config["architecture"].get("classes", 10)
+    if classes != len(config["classes"]):
+        raise ValueError(f"{folder / 'config.json'}: {len(config['classes'])} classes, but the network gives {classes}")
     try:
         network = ResNet(**config["architecture"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: key 'architecture': {error}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"{folder / 'model.safetensors'}: tensor '{name}': found {found.get(name, 'none')}, "
-                             f"the architecture has {wanted.get(name, 'none')}")  # fmt: skip
-    if wanted["linear.bias"] != (len(config["classes"]),):
-        raise ValueError(f"{folder / 'config.json'}: {len(config['classes'])} classes, "
-                         f"but the network gives {wanted['linear.bias'][0]}")  # fmt: skip
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    check_tensors(folder / "model.safetensors", wanted, tensors)
     network.load_state_dict(tensors)
     return network.eval(), config
