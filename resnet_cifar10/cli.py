@@ -146,6 +146,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Where report.html, report.md and the plots go.")],
     photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify in the report; can be repeated.")] = None,
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
+    words: Annotated[Path | None, typer.Option(help="A Markdown file of interpretation, shown under 'Why'.")] = None,
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
@@ -153,7 +154,7 @@ def report(
     from .report import pack
     from .report import report as write_report
 
-    print(f"report: {write_report(runs, out, photo or [], photo_model)}")
+    print(f"report: {write_report(runs, out, photo or [], photo_model, words)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
         print(f"packed: {archive}")

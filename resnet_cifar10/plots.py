@@ -121,6 +121,24 @@ def plot_one(row: Row, number: int) -> Picture:
     return draw(f"{number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
 
 
+def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
+    """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, (_, difference, low, high) in enumerate(rows):
+            colour = LINES[0][0] if low > 0 or high < 0 else MUTED
+            axes.plot([low, high], [i, i], color=colour)
+            axes.plot(difference, i, "o", color=colour, markeredgecolor=PAPER)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row.name for row, *_ in rows])
+        axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(rows) - 0.3))
+
+    told = join([f"{row.name} {difference:+.2f} ({low:+.2f} to {high:+.2f})" for row, difference, low, high in rows])
+    alt = f"Test accuracy against {baseline.name}, in points: {told}"
+    return draw("differences", alt, (6.4, 0.9 + 0.27 * len(rows)), paint)
+
+
 def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
     """Plot how many images of each true class (rows) were taken for each class (columns)."""
     from matplotlib.patches import Rectangle

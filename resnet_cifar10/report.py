@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import re
 import shlex
 import zipfile
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from .infer import Classifier
 from .photo import read_photo, views
-from .plots import Picture, plot_all, plot_confusion, plot_one
-from .results import Row, best_of, differing, join, read_rows, spread, welch
+from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one
+from .results import Row, baseline_of, best_of, differing, join, read_rows, spread, welch
 from .storage import write
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
@@ -131,9 +130,10 @@ def compare(row: Row, other: Row) -> str:
         ranges = " and ".join(f"{low:.1f} to {high:.1f} %" for low, high in intervals)
         return (f"{text} One seed cannot tell the setting from chance: the choice of test images alone leaves {ranges} "
                 "(95 % Wilson intervals), and the chance of the seed comes on top.")  # fmt: skip
-    p = welch(a, b)
-    if math.isnan(p):
+    tested = welch(a, b)
+    if tested is None:
         return f"{text} The seeds of neither vary, so no test can be made."
+    p = tested[0]
     text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({len(a)} against {len(b)} seeds, "
              f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
     return text + (" Which of the changes did it, these runs do not tell." if len(keys) > 1 and p < 0.05 else "")
@@ -142,9 +142,10 @@ def compare(row: Row, other: Row) -> str:
 def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
     """Write what the numbers carry, and no more: (lead, text)."""
     finished, found = [row for row in rows if row.done], []
-    for i, row in enumerate(finished[1:], 1):  # each against the one before it that is most like it
-        other = min(finished[:i], key=lambda each: len(differing(row, each)))
-        found.append((f"{row.name} against {other.name}", compare(row, other)))
+    baseline = baseline_of(finished)
+    for row in finished:
+        if baseline and row is not baseline:
+            found.append((f"{row.name} against {baseline.name}", compare(row, baseline)))
     tested = [row for row in finished if row.accuracies("test")]
     highest = max(tested, key=lambda row: float(np.mean(row.accuracies("test"))), default=best)
     if best and highest and highest is not best:
@@ -163,6 +164,27 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
         found.append(("Where the curves flatten", text))
     return found
+
+
+def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, float, float]]:
+    """List what each row gained over the baseline in points of test accuracy, with its 95 % interval, lowest first."""
+    found, b = [], baseline.accuracies("test") if baseline else []
+    for row in (row for row in rows if row is not baseline):
+        a = row.accuracies("test")
+        if tested := welch(a, b):
+            found.append((row, float(np.mean(a) - np.mean(b)), *tested[1:]))
+    return sorted(found, key=lambda gain: gain[1])
+
+
+def limits(rows: Sequence[Row], data: str) -> list[str]:
+    """Say what these runs cannot show."""
+    seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
+    said = [f"{span(seeds)} seed{'s' if max(seeds) > 1 else ''} a setting: a difference smaller than its interval is not "
+            "evidence of none, the runs just cannot tell."] if seeds else []  # fmt: skip
+    if len(gains(rows, baseline_of(rows))) > 1:
+        said.append("Each comparison is tested by itself: at the 5 % level, one in twenty looks real by chance.")
+    return [*said, f"Runs of {span(epochs)} epochs: what helps in so many may not help in more or fewer.",
+            f"One data set: {data}. The order of settings on other pictures may be another."]  # fmt: skip
 
 
 def machine(row: Row) -> dict[str, str]:
@@ -198,7 +220,21 @@ def best_section(best: Row) -> dict[str, Any] | None:
             f"{m['temperature']:.2f}, found on validation images, brings that to {m['calibration_error_scaled']:.1f} points "
             f"and {m['negative_log_likelihood_scaled']:.3f}.")  # fmt: skip
     return {"name": best.name, "seed": run.seed, "split": split, "metrics": m, "folder": run.folder, "confused": join(pairs),
-            "calibration": text, "confusion": plot_confusion(m, split)}  # fmt: skip
+            "calibration": text, "confusion": plot_confusion(m, split), "mistakes": m.get("mistakes", []),
+            "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None}  # fmt: skip
+
+
+def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
+    """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times."""
+    sheet = Image.new("RGB", (6 * 104, -(-len(mistakes) // 6) * 104), "white")
+    for i, mistake in enumerate(mistakes):
+        with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
+            sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), (i % 6 * 104, i // 6 * 104))
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
+    inline = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return Picture("plots/mistakes.png", f"The most confident mistakes: {told}", png.getvalue(), inline)
 
 
 def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str, Any]]:
@@ -231,24 +267,34 @@ def portable(path: str | Path) -> str:
     return Path(path).name if Path(path).is_absolute() else str(path)
 
 
-def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None) -> Path:
+def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None,
+           words: Path | None = None) -> Path:  # fmt: skip
     """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
-    The photos are classified by `photo_model`, or else by the best run. Returns the path of report.html.
+    The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation.
+    Returns the path of report.html.
 
     Raises:
-        ValueError: If a run, a photo or the model cannot be read, or `out` is a file.
+        ValueError: If a run, a photo, the model or the words cannot be read, or `out` is a file.
 
     """
     try:
         import jinja2
         import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+        from markdown_it import MarkdownIt
+        from markupsafe import Markup
     except ImportError as error:
         raise ValueError(f"the report needs {error.name}: pip install 'resnet-cifar10[report]'") from None
     if any(path.exists() and not path.is_dir() for path in (out, out / "plots", *out.parents)):
         raise ValueError(f"{out}: is a file, or lies in one; allowed: a folder")
     rows = read_rows(folders)
-    best = best_of(rows)
+    try:
+        text_of_words = words.read_text() if words else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+    best, baseline = best_of(rows), baseline_of([row for row in rows if row.done])
+    changes = gains(rows, baseline)
     section = best_section(best) if best else None
     model = photo_model or (section and section["folder"])
     if photos and not model:
@@ -264,11 +310,15 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
     options += ["--photo-model", photo_model] if photo_model else []
-    content = {
+    options += ["--words", words] if words else []
+    content: dict[str, Any] = {
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
-        "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards, "classifier": classifier,
+        "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards,
+        "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
+        "words": Markup(text_of_words), "limits": limits(rows, data),
+        "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
     settings: Any = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined,
@@ -276,7 +326,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
     text = jinja2.Environment(finalize=markdown, **settings).get_template("report.md.j2").render(content)
     pictures = [*overview, *(plot for _, plot in plots), *(card["picture"] for card in cards)]
-    for picture in [*pictures, section["confusion"]] if section else pictures:
+    pictures += [content["differences"], *(section[key] for key in ("confusion", "mistakes_picture") if section)]
+    for picture in filter(None, pictures):
         write(out / picture.file, picture.content)
     write(out / "report.md", text)
     write(out / "report.html", page)

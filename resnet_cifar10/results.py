@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,21 +111,19 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             for name, runs in zip(names, rows, strict=True)]  # fmt: skip
 
 
-def student_p(t: float, freedom: float) -> float:
-    """Two-sided p value of Student's t: with t = sqrt(freedom) tan(angle), the density is cos(angle)^(freedom - 1)."""
-    angle, steps = math.atan(abs(t) / math.sqrt(freedom)), 10_000
-    rest = math.pi / 2 - angle
-    tail = rest * float(np.mean(np.cos(angle + rest * (np.arange(steps) + 0.5) / steps) ** (freedom - 1)))
-    return tail * 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
+    """Compare two means whose variances may differ (Welch 1947).
 
+    Returns:
+        The p value and the 95 % interval of mean(a) - mean(b); None with a single value or where nothing varies.
 
-def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p value of two means whose variances may differ (Welch 1947); NaN where nothing varies."""
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
-    if sum(parts) == 0:
-        return math.nan
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
-    return student_p(float(np.mean(a) - np.mean(b)) / math.sqrt(sum(parts)), freedom)
+    """
+    from scipy import stats
+
+    if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) == 0:
+        return None
+    test = stats.ttest_ind(a, b, equal_var=False)
+    return float(test.pvalue), *map(float, test.confidence_interval(0.95))  # type: ignore[return-value]
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
@@ -140,6 +137,11 @@ def differing(a: Row, b: Row) -> list[str]:
     """List the keys in which two settings differ."""
     keys = [key for key in Setting.model_fields if key not in ("name", "seeds")]
     return [key for key in keys if getattr(a.setting, key) != getattr(b.setting, key)]
+
+
+def baseline_of(rows: Sequence[Row]) -> Row | None:
+    """Find the row that the others vary: the one from which they differ in the fewest keys."""
+    return min(rows, key=lambda row: sum(len(differing(row, other)) for other in rows), default=None)
 
 
 def spread(values: Sequence[float]) -> str:
