@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -24,6 +25,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
 MAX_BATCH_BYTES = 100_000_000  # of one batch of the archive; the real ones have 31 MB
+MAX_TUPLES = 100  # in one batch; the real ones have six, and tuples in tuples end Python's stack
 MAX_ARCHIVE_BYTES = 1_000_000_000  # unpacked; the real one has 186 MB
 
 
@@ -72,15 +74,33 @@ def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str
 # --- the official archive and its folder: pickled batches, read by an unpickler that knows four harmless names ---
 
 
+class _Array:
+    """Stands for an array, or its type, while a pickle is read: no code of NumPy runs on what a stranger wrote."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """Rebuild an array of bytes, out of its shape and that many bytes."""
+        _, shape, kind, by_columns, content = self.state
+        if kind.arguments[0] != "u1":
+            raise ValueError("no array of bytes")
+        content = content.encode("latin1") if isinstance(content, str) else content
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+
+
 class _BatchUnpickler(pickle.Unpickler):
-    """Builds NumPy arrays and plain values; any other name in a pickle is refused before it is looked up."""
+    """Builds plain values and stand-ins for arrays; any other name in a pickle is refused before it is looked up."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
-            ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-            ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],  # its name since NumPy 2
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
+            ("numpy._core.multiarray", "_reconstruct"): _Array,  # its name since NumPy 2
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Array,
             ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
         }
         if (module, name) not in known:
@@ -90,6 +110,11 @@ class _BatchUnpickler(pickle.Unpickler):
 
 def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     try:
+        tuples = 0
+        for instruction, argument, _ in pickletools.genops(content):
+            tuples += instruction.name.startswith("TUPLE")
+            if tuples > MAX_TUPLES or ("PUT" in instruction.name and argument > 1_000_000):
+                raise ValueError("more tuples or numbered objects than any batch has")  # they could exhaust stack or memory
         batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a hostile pickle can raise anything
         raise ValueError(f"{where}: not a CIFAR-10 batch: {str(error) or type(error).__name__}") from None
@@ -109,10 +134,12 @@ def _from_pickles(read: Callable[[str], bytes | None], where: Path, split: str, 
         if content is None:
             continue
         batch = _unpickle(content, f"{where}: {name}")
-        pixels, batch_labels = batch.get("data"), batch.get("labels")
-        if (not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * SIZE * SIZE,)
-                or not isinstance(batch_labels, list) or len(batch_labels) != len(pixels)):  # fmt: skip
-            raise ValueError(f"{where}: {name}: allowed: 'data' uint8 [N, 3072] and a list of N 'labels'")
+        try:
+            pixels, batch_labels = batch["data"].pixels(), batch["labels"]
+            if pixels.shape != (len(batch_labels), 3 * SIZE * SIZE) or not isinstance(batch_labels, list):
+                raise ValueError(f"found {pixels.shape}")
+        except Exception:  # whatever stands in the place of an array
+            raise ValueError(f"{where}: {name}: allowed: 'data' uint8 [N, 3072] and a list of N 'labels'") from None
         images.append(pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))  # stored channel by channel
         labels += batch_labels
     return _checked(np.concatenate(images), labels, tuple(names), source, where) if images else None
