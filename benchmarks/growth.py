@@ -1,0 +1,71 @@
+"""How the time of an epoch grows with depth, batch size and the number of images: `make bench-growth`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import torch
+from bench import synthetic
+from contenders import train
+
+from resnet_cifar10 import storage
+from resnet_cifar10.machine import computes_in_bfloat16, environment
+from resnet_cifar10.settings import slug
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+TURNS = 3
+PANELS = {  # what grows: depth, batch size and images of each point
+    "depth": [(depth, 128, 1_024) for depth in (20, 32, 44, 56, 110)],
+    "batch size": [(20, size, 1_024) for size in (16, 32, 64, 128, 256, 512)],
+    "images": [(20, 128, images) for images in (1_024, 2_048, 4_096, 8_192)],
+}
+
+
+def main() -> None:
+    """Measure every point in turns, not compiled, the second of two epochs each time; write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
+    out = parser.parse_args().out
+    machine, precision = environment("cpu"), "bfloat16" if computes_in_bfloat16("cpu") else "float32"
+    points = [(panel, *point) for panel, at in PANELS.items() for point in at]
+    work = [depth * images for _, depth, _, images in points]
+    seconds: dict[tuple[str, int, int, int], list[float]] = {point: [] for point in points}
+    started, done = time.perf_counter(), 0
+    for turn in range(TURNS):
+        for point, share in zip(points, work, strict=True):
+            panel, depth, batch_size, images = point
+            left = (TURNS * sum(work) - done) * (time.perf_counter() - started) / done / 60 if done else float("nan")
+            print(f"turn {turn + 1} of {TURNS}: {panel}, ResNet-{depth}, batches of {batch_size}, {images:,} images"
+                  + (f"; about {left:.1f} min left" if done else ""), file=sys.stderr, flush=True)  # fmt: skip
+            epochs: list[float] = []
+            train(synthetic(images), depth, "cpu", precision, False, 2, epochs.append, batch_size)
+            seconds[point].append(epochs[-1])
+            done += share
+
+    title = f"Seconds an epoch, {precision}, not compiled: {machine['processor']}, {machine['threads']} threads, {date.today()}"
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for axis, (panel, at) in zip(axes, PANELS.items(), strict=True):
+        values = torch.tensor([sorted(seconds[panel, *point]) for point in at])
+        middle, column = values.median(1).values, ["depth", "batch size", "images"].index(panel)
+        axis.errorbar([p[column] for p in at], middle, [middle - values[:, 0], values[:, -1] - middle], marker="o", capsize=3)
+        axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{title}\nwhere not said otherwise: ResNet-20, batches of 128, 1,024 images", fontsize=9)
+    file = out / f"{date.today()}-{slug(machine['processor'])}-growth"
+    rows = [{"grows": panel, "depth": depth, "batch_size": size, "images": images, "seconds": found, "median": median(found)}
+            for (panel, depth, size, images), found in seconds.items()]  # fmt: skip
+    storage.write_json(file.with_suffix(".json"), {"title": title, "machine": machine, "rows": rows})
+    figure.savefig(file.with_suffix(".png"), dpi=120)
+    print(f"written: {file}.json and .png")
+
+
+if __name__ == "__main__":
+    main()
