@@ -113,7 +113,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
         tuples = 0
         for instruction, argument, _ in pickletools.genops(content):
             tuples += instruction.name.startswith("TUPLE")
-            if tuples > MAX_TUPLES or ("PUT" in instruction.name and argument > 1_000_000):
+            if tuples > MAX_TUPLES or ("PUT" in instruction.name and (argument or 0) > 1_000_000):
                 raise ValueError("more tuples or numbered objects than any batch has")  # they could exhaust stack or memory
         batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a hostile pickle can raise anything

@@ -17,9 +17,10 @@ from torch import distributed as dist
 from .data import Split, hold_out
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
+from .model import ResNet, parameter_count
 from .settings import Setting
 from .sources import load
-from .storage import Tensors, load_model, read_json, write_json
+from .storage import Tensors, check_room, load_model, read_json, write_json
 from .train import TrainingFailed, train
 
 Reader = Callable[[str], Split | None]
@@ -148,7 +149,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{folder}: {file.read()} is working on this run") from None
+            raise ValueError(f"{folder}: {file.read() or 'another process'} is working on this run") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -167,7 +168,9 @@ def claim(runs: Sequence[Run], read: Reader) -> None:
     """
     claims = [(folder, _claim(setting, seed, folder, read)) for setting, seed, folder in runs]
     for folder, content in claims:
-        write_json(folder / "setting.json", content)
+        if not (folder / "setting.json").exists():
+            with locked(folder):  # another process may be about to claim it too
+                write_json(folder / "setting.json", content)
 
 
 def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str, Any]:
@@ -182,7 +185,6 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str,
             raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
-    for parent in (out for out in folder.parents if out.exists()):
-        if not parent.is_dir():
-            raise ValueError(f"{parent}: is a file; --out needs a folder")
+    if not (folder / "result.json").exists():
+        check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
     return claim

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,25 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, folde
     if processes > 1:
         dist.broadcast_object_list(found)
     if found[0]:
-        tensors, state, problem = found[0]
+        tensors, held, problem = found[0]
+        if missing := state.keys() - held.keys():
+            raise ValueError(f"{folder}: checkpoint: key '{min(missing)}' is missing")
+        storage.check_tensors(folder, _shapes(setting, model), tensors)
+        state = held
         _restore(tensors, model, optimizer, best)
         if rank == 0:
             rows = [row for row in storage.read_metrics(folder) if row["epoch"] <= state["epoch"]]
+            if len(rows) != state["epoch"]:
+                raise ValueError(f"{folder / 'metrics.csv'}: found {len(rows)} epochs, the checkpoint has {state['epoch']}")
             before = storage.read_json(folder / "environment.json")
+            state["not_bit_exact"] = state["not_bit_exact"] or before.get("not_bit_exact", "")
             if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
                 state["not_bit_exact"] = f"resumed after epoch {state['epoch']} with another {', '.join(changed)}"
             for line in filter(None, (problem, state["not_bit_exact"])):
                 print(f"{name}: {line}", flush=True)
     if rank == 0:
-        storage.write_json(folder / "environment.json", environment)
+        # with the mark: a run that is killed before its next checkpoint must not lose it
+        storage.write_json(folder / "environment.json", environment | {"not_bit_exact": state["not_bit_exact"]})
     print(f"{name}: {setting.model}, {parameter_count(model):,} parameters; {training.source}: {len(training):,} training "
           f"and {len(validation):,} validation images; {device}, {precision}"
           f"{f', {processes} processes' if processes > 1 else ''}"
@@ -247,6 +255,16 @@ def _collect(model: ResNet, optimizer: torch.optim.Optimizer, best: storage.Tens
     groups = {"model": model.state_dict(), "best": best}
     groups |= {f"optimizer.{index}": values for index, values in optimizer.state_dict()["state"].items()}
     return {f"{group}.{key}": tensor for group, tensors in groups.items() for key, tensor in tensors.items()}
+
+
+def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
+    """Name the tensors of a checkpoint, each with its shape."""
+    kinds = ("momentum_buffer",) * (setting.momentum > 0) if setting.optimizer == "sgd" else ("exp_avg", "exp_avg_sq", "step")
+    shapes: dict[str, Sequence[int]] = {
+        f"optimizer.{index}.{kind}": () if kind == "step" else parameter.shape
+        for index, parameter in enumerate(model.parameters()) for kind in kinds
+    }  # fmt: skip
+    return shapes | {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in model.state_dict().items()}
 
 
 def _restore(tensors: storage.Tensors, model: ResNet, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> None:
