@@ -18,7 +18,6 @@ from .data import Split, normalise
 from .storage import load_model
 
 ECE_BINS = 15  # Guo et al. 2017, section 2
-REFUSED_MEMBERS = 0.05  # share of validation images that the rejection threshold gives up
 
 
 @torch.inference_mode()
@@ -66,11 +65,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         left, right = (negative_log_likelihood(logits / math.exp(t), labels) for t in (a, b))
         low, high = (low, b) if left < right else (a, high)
     return math.exp((low + high) / 2)
-
-
-def rejection_threshold(logits: Tensor, temperature: float) -> float:
-    """The calibrated top probability that all but REFUSED_MEMBERS of these images reach."""
-    return float((logits / temperature).double().softmax(1).max(1).values.quantile(REFUSED_MEMBERS))
 
 
 def wilson_interval(percent: float, n: int, z: float = 1.959964) -> tuple[float, float]:

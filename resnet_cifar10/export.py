@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from .data import Split, normalise
-from .evaluate import accuracy, evaluate, fit_temperature, predict, rejection_threshold
-from .infer import SIZE, onnx_runtime, read_config, seal
+from .evaluate import accuracy, evaluate, fit_temperature, predict
+from .infer import SIZE, Classifier, onnx_runtime, read_config, seal
 from .model import ResNet
+from .photo import views
 from .storage import load_model, save_model, write
 
 OPSET = 20
+REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
+FRAMED = 2_000  # photos made of validation images, at most, to find it
+SHORT_SIDE = 128  # pixels of these photos
 
 
 class _Deployed(nn.Module):
@@ -84,7 +89,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         The metrics of "validation" and "test", None for a split that is not there.
 
     """
-    temperature, threshold = 1.0, 0.0
+    temperature = 1.0
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
         if split is None or not len(split):
@@ -92,17 +97,46 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         logits = predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
-            threshold = rejection_threshold(logits, temperature)
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
         print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
-    kept = {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()}
-    save_model(folder, model, config | {
-        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": threshold,
-        "accuracy": kept,
-    })  # fmt: skip
-    write_card(folder)
+    config |= {
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": 0.0,
+        "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
+                     for part, values in metrics.items()},
+    }  # fmt: skip
+    save_model(folder, model, config)
     export(folder, folder / "model.onnx")
+    if len(validation):
+        threshold = rejection_threshold(Classifier(folder), validation.images.numpy())
+        save_model(folder, model, config | {"rejection_threshold": threshold})
+    write_card(folder)
     return metrics
+
+
+def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+    """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
+    chosen = images[:: -(-len(images) // FRAMED)]
+    photos = (framed(image, np.random.default_rng([0, index])) for index, image in enumerate(chosen))
+    return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
+
+
+def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
+           background: Image.Image | None = None) -> Image.Image:  # fmt: skip
+    """Make a photo out of a picture uint8 [32, 32, 3]: in front of a background, or else of its own blurred colours.
+
+    Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side and is rather in
+    the middle than at the edge.
+    """
+    picture = Image.fromarray(image)
+    width, height = (round(SHORT_SIDE * r) for r in rng.permuted([1.0, rng.choice([1, 4 / 3, 3 / 2, 16 / 9])]).tolist())
+    side = round(SHORT_SIDE * rng.uniform(0.4, 1) / 0.75)
+    left, top = (round((length - 0.75 * side) * rng.triangular(0, 0.5, 1) - side / 8) for length in (width, height))
+    scene = (background or picture.filter(ImageFilter.GaussianBlur(4))).resize((width, height), Image.Resampling.BICUBIC)
+    soft_edge = Image.new("L", (side, side))
+    soft_edge.paste(255, (side // 16, side // 16, side - side // 16, side - side // 16))
+    soft_edge = soft_edge.filter(ImageFilter.GaussianBlur(side / 32))
+    scene.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top), soft_edge)
+    return scene
 
 
 def write_card(folder: Path) -> None:
@@ -129,9 +163,9 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
   chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.{start}
-- Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. A photo whose highest
-  probability is below {config["rejection_threshold"]:.3f} is answered with "none of these": one in twenty validation
-  images falls below that.
+- Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. A photo whose membership is
+  below {config["rejection_threshold"]:.3f} is answered with "none of these": of photos made of validation images, one in
+  twenty falls below that.
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
 `model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,

@@ -58,10 +58,11 @@ def square(image: Image.Image, size: int) -> Image.Image:
     """Cut out the centre square and reduce it to size x size by area averaging."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return _reduced(image, (left, top, left + side, top + side), size)
+    return reduced(image, (left, top, left + side, top + side), size)
 
 
-def _reduced(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+def reduced(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
+    """Reduce a box (left, top, right, bottom) of an image to size x size by area averaging."""
     smallest = min(box[2] - box[0], box[3] - box[1])
     return image.resize((size, size), Image.Resampling.BOX if smallest >= size else Image.Resampling.BILINEAR, box=box)
 
@@ -75,5 +76,5 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Reduce every box of a photo by area averaging, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
-    upright = np.stack([np.asarray(_reduced(photo, box, SIZE)) for box in boxes(*photo.size)])
+    upright = np.stack([np.asarray(reduced(photo, box, SIZE)) for box in boxes(*photo.size)])
     return np.concatenate([upright, upright[:, :, ::-1]])

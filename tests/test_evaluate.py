@@ -131,13 +131,6 @@ def test_temperature_undoes_a_scaling_of_calibrated_logits(factor):
     assert ev.calibration_error(factor * logits / temperature, labels) < 1.5
 
 
-def test_rejection_threshold_gives_up_five_percent_of_the_members():
-    logits, _ = random_case(2000)
-    threshold = ev.rejection_threshold(logits, temperature=2.0)
-    top = (logits / 2).softmax(1).max(1).values
-    assert float((top < threshold).double().mean()) == pytest.approx(0.05, abs=0.001)
-
-
 # --- the interval ---
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_cifar10.export import export
+from resnet_cifar10.export import export, framed, rejection_threshold
 from resnet_cifar10.infer import Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, square, views
@@ -184,6 +184,18 @@ def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image
     status, output, _ = cli("infer", tmp_path / "photo.png", "--model", tmp_path)
     assert status == 0
     assert "none of these 3 (most like: " in output
+
+
+def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    threshold = rejection_threshold(Classifier(model), images)
+    assert rejection_threshold(Classifier(model), images) == threshold
+    save_model(tmp_path, ResNet(8, 3), CONFIG | {"rejection_threshold": threshold})
+    (tmp_path / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
+    classifier = Classifier(tmp_path)
+    photos = [framed(image, np.random.default_rng([0, index])) for index, image in enumerate(images)]
+    assert sum(classifier.classify(views(photo)).rejected for photo in photos) == 5
+    assert {photo.size for photo in photos} >= {(128, 128), (171, 128), (128, 192), (228, 128)}
 
 
 def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
