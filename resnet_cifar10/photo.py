@@ -39,7 +39,7 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
         elif isinstance(error, UnidentifiedImageError):
             empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
             reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
-        raise ValueError(f"{name}: {reason}") from None
+        raise ValueError(f"{name}: {' '.join(reason.split())}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -44,8 +44,8 @@ class Setting(BaseModel):
     lr_milestones: list[float] = [0.5, 0.75]  # "step": where lr is multiplied by lr_factor, as fractions of the run
     lr_factor: float = Field(0.1, gt=0, lt=1)
     warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
-    patience: int | None = Field(None, ge=1)  # epochs without a better validation accuracy; None: never stop early
-    validation_size: int = Field(5_000, ge=0)  # training images held out, stratified
+    patience: int | None = Field(None, ge=1, le=100_000)  # epochs without a better validation accuracy; None: never stop early
+    validation_size: int = Field(5_000, ge=0, le=10_000_000)  # training images held out, stratified
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile: pays off from a few hundred steps
     start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init

@@ -238,6 +238,8 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
              if file.name[0] != "."]  # fmt: skip
     if empty := set(range(len(classes))) - {label for _, label in files}:
         raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
+    if odd := [file for file, _ in files if not file.is_file()]:  # a pipe would be waited for
+        raise ValueError(f"{odd[0]}: is not a file; allowed: images")
     images = decode([file for file, _ in files], str(path), processes)
     return _checked(images, [label for _, label in files], tuple(classes), path.resolve().name, path)
 

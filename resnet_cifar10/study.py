@@ -180,6 +180,8 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str,
     claim: dict[str, Any] = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, **digests}
     if (folder / "setting.json").exists():
         found = read_json(folder / "setting.json")
+        if not isinstance(found, dict) or not isinstance(found.get("setting"), dict):
+            raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
         before, now = ({**value["setting"], **value, "setting": None} for value in (found, claim))
         if differ := [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]:
             raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
