@@ -21,6 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # the class above all wrong uses; typer exports only this child
 MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
+RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -33,15 +34,26 @@ def train(
     seed: Annotated[list[int] | None, typer.Option(help="Seeds instead of the file's; can be repeated.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs instead of the file's; schedules scale with them.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
+    ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.")] = 1,
+    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each run.")] = None,
 ) -> None:
     """Train what is not done yet; the same command again resumes and skips."""
     from .settings import load_settings
 
-    rows = load_settings(settings, setting or [], epochs=epochs, seeds=seed)
+    if seeds and seed:
+        raise ValueError("--seed, --seeds: found both; allowed: one of them")
+    rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
     _need("train")
-    from .study import study
+    if ray:
+        from .cluster import study_on_ray
 
-    study(rows, data, out, device)
+        study_on_ray(rows, data, out, device, ray, cpus, gpus)
+    else:
+        from .study import study
+
+        study(rows, data, out, device)
 
 
 @app.command()
@@ -164,13 +176,19 @@ def report(
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out: Annotated[Path, typer.Option(help="The ONNX file.")],
+    data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Its test images instead of 256 random ones.")] = None,
 ) -> None:
-    """Write a model as one self-contained ONNX file."""
+    """Write a model as one self-contained ONNX file and compare it with PyTorch."""
     _need("train")
     from .export import export as write_onnx
+    from .sources import load
 
-    difference = write_onnx(model, out)
-    print(f"{out}: written; its probabilities differ from PyTorch's by at most {difference:.1e}")
+    test = load(data, "test") if data else None
+    if data and test is None:
+        raise ValueError(f"{data}: has no test split")
+    difference, differing = write_onnx(model, out, test and test.images)
+    images = f"{len(test):,} test images of {test.source}" if test else "256 random images"
+    print(f"{out}: written; against PyTorch on {images}: probabilities differ by at most {difference:.1e}, labels on {differing}")
 
 
 @app.command()
@@ -212,6 +230,8 @@ def main() -> None:
     """Run the command line: 0 done, 1 the job failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    after = [*sys.argv[1:], "-"]  # the ADDRESS of --ray may be left out, which typer does not know
+    sys.argv = ["--ray=local" if (a, b[:1]) == ("--ray", "-") else a for a, b in zip(sys.argv, after, strict=True)]
     try:
         status: Any = app(standalone_mode=False)
     except USAGE_ERROR as error:

@@ -9,7 +9,7 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "train")
-ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export", "study",
+ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export", "study", "cluster",
          "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
 
 

@@ -1,0 +1,160 @@
+"""A study on a Ray cluster: each run is one task, and all that it leaves is its folder, on storage that every node reaches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from .settings import Setting
+from .sources import load
+from .storage import read_json, read_metrics
+from .study import Run, claim, locked, run, run_folders
+from .train import Interrupted, TrainingFailed, stop_signals
+
+MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
+REFRESH_SECONDS = 2
+LINE_SECONDS = 60  # between two lines of progress in a pipe
+
+_load = cache(load)  # a worker process that Ray uses again keeps the data set
+
+
+def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str, address: str, cpus: int,
+                 gpus: float | None) -> None:  # fmt: skip
+    """Train every setting with each of its seeds as tasks of a Ray cluster; what is done is skipped.
+
+    Args:
+        settings: The rows of the table.
+        data: As for sources.load; every node reads it.
+        out: Where the run folders go, on storage that every node reaches under the same name.
+        device: "auto", "cpu" or "cuda", of the nodes.
+        address: Of the cluster; "auto" finds the one that this machine belongs to, "local" starts one here.
+        cpus: Threads of each run.
+        gpus: The part of a GPU that each run gets; None: half of one where there are any.
+
+    Raises:
+        ValueError: If settings, data, cluster and output folder do not fit together.
+        TrainingFailed: If a run failed, after all the others have ended.
+        Interrupted: After Ctrl-C or SIGTERM.
+
+    """
+    runs = run_folders(settings, out)
+    with _ray(address) as ray, stop_signals() as received:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = gpus if gpus is not None else 0.5 * (device != "cpu" and any("GPU" in node for node in nodes))
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
+        print(f"reading {data}", flush=True)
+        claim(runs, partial(_load, data))
+        todo = [one for one in runs if not (one[2] / "result.json").exists()]
+        for *_, folder in todo:
+            with locked(folder):  # an error where somebody else works on it
+                pass
+        print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs",
+              flush=True)  # fmt: skip
+        task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)
+        tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
+        failed, console, said = 0, Console(), 0.0
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            while tasks and not received:
+                ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
+                for ref in ended:
+                    setting, seed, folder = tasks.pop(ref)
+                    try:
+                        ray.get(ref)
+                        test = read_json(folder / "result.json")["test"]
+                        how = f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
+                    except ray.exceptions.RayError as error:
+                        failed += 1
+                        cause = getattr(error, "cause", error)  # of a bug we show where it is
+                        how = f"failed: {cause if isinstance(cause, ValueError | TrainingFailed | OSError) else error}"
+                    print(f"{setting.name}, seed {seed}: {how}", flush=True)
+                table, summary = _progress(list(tasks.values()))
+                if console.is_terminal:
+                    live.update(Group(table, summary), refresh=True)
+                elif time.monotonic() - said > LINE_SECONDS:
+                    said = time.monotonic()
+                    print(f"{len(runs) - len(tasks)} of {len(runs)} runs have ended; {summary}", flush=True)
+    if received:
+        raise Interrupted(received[0])
+    if failed:
+        raise TrainingFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
+
+
+def _progress(runs: Sequence[Run]) -> tuple[Table, str]:
+    """Read from the folders of the runs that have not ended which of them run where, how far and until when."""
+    table = Table("run", "where", "epoch", "validation", "until", box=None)
+    paces, epochs_left = [], []
+    for setting, seed, folder in runs:
+        lock, metrics = folder / ".lock", folder / "metrics.csv"
+        where, rows = lock.read_text() if lock.exists() else "", read_metrics(folder) if metrics.exists() else []
+        epochs_left.append(setting.epochs - len(rows))
+        paces.append(median(row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]) if rows else None)
+        if where:
+            validation = f"{rows[-1]['validation_accuracy']:.2f} %" if rows and setting.validation_size else ""
+            until = f"{datetime.now() + timedelta(seconds=paces[-1] * epochs_left[-1]):%a %H:%M}" if paces[-1] else ""
+            table.add_row(f"{setting.name}, seed {seed}", where, f"{len(rows)}/{setting.epochs}", validation, until)
+    known = [pace for pace in paces if pace]
+    left = "not known yet"
+    if known and table.row_count:  # a run without an epoch yet is taken for a usual one
+        seconds = sum((pace or mean(known)) * epochs for pace, epochs in zip(paces, epochs_left, strict=True))
+        left = f"{seconds / table.row_count / 60:.1f} min"
+    return table, f"{table.row_count} running, {len(runs) - table.row_count} waiting, left {left}"
+
+
+def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str, home: Path) -> None:
+    """Do one run on a node; where an earlier worker of it is still dying, wait for that."""
+    os.chdir(home)  # paths may be relative
+    if not (folder / "setting.json").exists():
+        raise TrainingFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
+    torch.set_num_threads(cpus)
+    with locked(folder, wait=True):
+        if not (folder / "result.json").exists():
+            run(setting, seed, partial(_load, data), folder, device)
+
+
+@contextmanager
+def _ray(address: str) -> Iterator[Any]:
+    """Join a Ray cluster, or start one on this machine that leaves nothing behind."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would report to its makers
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # its future default; it warns of the other
+    if address == "local":  # a token of its own, else Ray writes one into the home folder; as quick as without Ray
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(), "RAY_worker_niceness": "0"}
+    elif address != "auto":
+        host, _, port = address.rpartition("://")[2].rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
+        except (OSError, ValueError, OverflowError):
+            raise ValueError(f"--ray: found {address!r}, where no cluster answers; allowed: HOST:PORT, auto or local") from None
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--ray needs Ray: pip install 'resnet-cifar10[ray]'") from None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        here = address == "local"
+        try:
+            ray.init(address, num_cpus=os.cpu_count() if here else None, object_store_memory=80_000_000 if here else None,
+                     include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                     _temp_dir=folder if here else None)  # fmt: skip
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(f"--ray: found {address!r}; {error}") from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
