@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .infer import SIZE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
@@ -28,7 +30,10 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a photo is not our user's concern
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            logging.getLogger("PIL").setLevel(logging.CRITICAL)
             with Image.open(file, formats=FORMATS) as image:
+                if image.format == "JPEG" and _scans(file) * image.width * image.height > MAX_SCANNED_PIXELS:
+                    raise ValueError("more scans than any camera writes")
                 image.draft("RGB", (16 * SIZE, 16 * SIZE))  # JPEG: decode at a fraction of the size where that is enough
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
@@ -40,6 +45,11 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
             empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
             reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
         raise ValueError(f"{name}: {' '.join(reason.split())}") from None
+
+
+def _scans(jpeg: Path | io.BytesIO) -> int:
+    """Count the scans of a JPEG: their marker can't stand inside one. Thousands keep a decoder busy for minutes."""
+    return (jpeg.read_bytes() if isinstance(jpeg, Path) else jpeg.getvalue()).count(b"\xff\xda")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

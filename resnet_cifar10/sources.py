@@ -24,6 +24,8 @@ from .infer import SIZE
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
+MAX_ROWS = 1_000_000  # of one parquet file
+MAX_IMAGE_BYTES = 1_000_000  # of one image in it
 MAX_BATCH_BYTES = 100_000_000  # of one batch of the archive; the real ones have 31 MB
 MAX_TUPLES = 100  # in one batch; the real ones have six, and tuples in tuples end Python's stack
 MAX_ARCHIVE_BYTES = 1_000_000_000  # unpacked; the real one has 186 MB
@@ -192,11 +194,18 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     files = sorted(file for file in folder.rglob("*.parquet") if file.name.replace(".", "-").split("-")[0] in names_of[split])
     for file in files:
         try:
-            table = pq.read_table(file)
-            image_column = "img" if "img" in table.column_names else "image"
-            blobs += pa.compute.struct_field(table.column(image_column), "bytes").to_pylist()
-            labels += table.column("label").to_pylist()
-            features = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            table = pq.ParquetFile(file)
+            schema = table.schema_arrow
+            image_column = "img" if "img" in schema.names else "image"
+            if table.metadata.num_rows > MAX_ROWS:
+                raise ValueError(f"found {table.metadata.num_rows:,} rows; allowed: at most {MAX_ROWS:,}")
+            for part in table.iter_batches(64, columns=[image_column, "label"]):  # few at once: all rows can name one large image
+                images_part = pa.compute.struct_field(part.column(image_column), "bytes").to_pylist()
+                if max(len(blob or b"") for blob in images_part) > MAX_IMAGE_BYTES:
+                    raise ValueError(f"found an image of more than {MAX_IMAGE_BYTES:,} bytes")
+                blobs += images_part
+                labels += part.column("label").to_pylist()
+            features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
             names = tuple(features.get("label", {}).get("names") or names)
         except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
