@@ -1,0 +1,2 @@
+"""Deliberately broken variants."""
+BROKEN = {}
