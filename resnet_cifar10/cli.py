@@ -186,9 +186,9 @@ def export(
     test = load(data, "test") if data else None
     if data and test is None:
         raise ValueError(f"{data}: has no test split")
-    difference, differing = write_onnx(model, out, test and test.images)
+    difference, differing = write_onnx(model, out, test.images if test else None)
     images = f"{len(test):,} test images of {test.source}" if test else "256 random images"
-    print(f"{out}: written; against PyTorch on {images}: probabilities differ by at most {difference:.1e}, labels on {differing}")
+    print(f"{out}: written; against PyTorch on {images}: probabilities within {difference:.1e}, other labels on {differing}")
 
 
 @app.command()

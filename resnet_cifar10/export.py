@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
@@ -26,27 +27,35 @@ SHORT_SIDE = 128  # pixels of these photos
 
 
 class _Deployed(nn.Module):
-    """The network with normalisation before it and temperature, softmax and activation map after it."""
+    """The network with normalisation before it; temperature, softmax, membership and activation map after it."""
 
     def __init__(self, model: ResNet, config: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.temperature = model, config["temperature"]
         self.register_buffer("mean", torch.tensor(config["mean"]))
         self.register_buffer("std", torch.tensor(config["std"]))
+        self.register_buffer("directions", F.normalize(torch.tensor(config["class_means"])))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map uint8 [N, 32, 32, 3] to probabilities [N, classes] and activation maps [N, classes, 8, 8] (Zhou et al. 2016)."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map images uint8 [N, 32, 32, 3] to the three outputs of the graph.
+
+        Returns:
+            Probabilities [N, classes]; membership [N], the cosine between an image's features and the nearest class mean;
+            activation maps [N, classes, 8, 8] (Zhou et al. 2016).
+
+        """
         maps = self.model.features(normalise(images, self.mean, self.std))  # type: ignore[arg-type]
-        logits = self.model.linear(maps.mean(dim=(2, 3)))
+        features = maps.mean(dim=(2, 3))
+        membership = (F.normalize(features) @ self.directions.T).amax(1)  # type: ignore[operator]
         activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
-        return (logits / self.temperature).softmax(1), activation
+        return (self.model.linear(features) / self.temperature).softmax(1), membership, activation
 
 
-def export(model: str | Path, out: Path) -> float:
-    """Write one self-contained ONNX file and compare it with PyTorch.
+def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[float, int]:
+    """Write one self-contained ONNX file and compare it with PyTorch on images uint8 [N, 32, 32, 3], else 256 random ones.
 
     Returns:
-        The largest difference between ONNX Runtime's and PyTorch's probabilities on 256 random images.
+        The largest difference between ONNX Runtime's and PyTorch's probabilities, and of how many images the label differs.
 
     Raises:
         ValueError: If the model folder is damaged, or the two disagree by more than 1e-4.
@@ -55,14 +64,18 @@ def export(model: str | Path, out: Path) -> float:
     import onnx
 
     network, config = load_model(model)
+    wanted, found = network.linear.weight.shape, np.shape(config.get("class_means") or [])
+    if found != wanted:
+        raise ValueError(f"{model}: config.json: key 'class_means': found numbers of shape {found}; allowed: {tuple(wanted)}")
     deployed = _Deployed(network, config).eval()
-    images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if images is None:
+        images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own dependencies' deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             deployed, (images[:2],), dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
-            input_names=["images"], output_names=["probabilities", "activation_map"],
+            input_names=["images"], output_names=["probabilities", "membership", "activation_map"],
             dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
         )  # fmt: skip
     assert program is not None
@@ -71,25 +84,28 @@ def export(model: str | Path, out: Path) -> float:
     onnx.checker.check_model(proto, full_check=True)
     content = seal(proto.SerializeToString())
     session = onnx_runtime().InferenceSession(content, providers=["CPUExecutionProvider"])
-    theirs = session.run(["probabilities"], {"images": images.numpy()})[0]
+    parts = torch.split(images, 500)
+    theirs = np.concatenate([session.run(["probabilities"], {"images": part.numpy()})[0] for part in parts])
     with torch.inference_mode():
-        ours = deployed(images)[0].numpy()
+        ours = np.concatenate([deployed(part)[0].numpy() for part in parts])
     difference = float(np.abs(theirs - ours).max())
     if difference > 1e-4:
         raise ValueError(f"{out}: not written: ONNX and PyTorch differ by {difference:.1e} in a probability")
     write(out, content)
-    return difference
+    return difference, int((theirs.argmax(1) != ours.argmax(1)).sum())
 
 
 def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
            device: str = "cpu") -> dict[str, Any]:  # fmt: skip
-    """Find temperature and rejection threshold on validation, read the test split, write the model folder.
+    """Find temperature, class means and rejection threshold on validation, read the test split, write the model folder.
+
+    The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
 
     Returns:
         The metrics of "validation" and "test", None for a split that is not there.
 
     """
-    temperature = 1.0
+    temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
         if split is None or not len(split):
@@ -97,10 +113,14 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         logits = predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
+            features = predict(lambda x: model.features(x).mean((2, 3)), split.images.to(device), config["mean"], config["std"])
+            for label in set(split.labels.tolist()):
+                class_means[label] = features[split.labels.to(device) == label].mean(0).cpu()
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
         print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
-    config |= {
-        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": 0.0,
+    config = config | {
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": -1.0,
+        "class_means": [[round(value, 6) for value in row] for row in class_means.tolist()],
         "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
                      for part, values in metrics.items()},
     }  # fmt: skip
@@ -124,18 +144,20 @@ def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
            background: Image.Image | None = None) -> Image.Image:  # fmt: skip
     """Make a photo out of a picture uint8 [32, 32, 3]: in front of a background, or else of its own blurred colours.
 
-    Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side and is rather in
-    the middle than at the edge.
+    Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side, is stretched by up
+    to the photo's own proportions, and is rather in the middle than at the edge.
     """
     picture = Image.fromarray(image)
-    width, height = (round(SHORT_SIDE * r) for r in rng.permuted([1.0, rng.choice([1, 4 / 3, 3 / 2, 16 / 9])]).tolist())
-    side = round(SHORT_SIDE * rng.uniform(0.4, 1) / 0.75)
-    left, top = (round((length - 0.75 * side) * rng.triangular(0, 0.5, 1) - side / 8) for length in (width, height))
+    shape = rng.permuted([1.0, rng.choice([1, 4 / 3, 3 / 2, 16 / 9])])
+    size = SHORT_SIDE * shape
+    sides = SHORT_SIDE * rng.uniform(0.4, 1) / 0.75 * shape ** rng.random()
+    left, top = ((size - 0.75 * sides) * rng.triangular(0, 0.5, 1, 2) - sides / 8).round().astype(int).tolist()
+    (width, height), (w, h) = size.round().astype(int).tolist(), sides.round().astype(int).tolist()
     scene = (background or picture.filter(ImageFilter.GaussianBlur(4))).resize((width, height), Image.Resampling.BICUBIC)
-    soft_edge = Image.new("L", (side, side))
-    soft_edge.paste(255, (side // 16, side // 16, side - side // 16, side - side // 16))
-    soft_edge = soft_edge.filter(ImageFilter.GaussianBlur(side / 32))
-    scene.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top), soft_edge)
+    soft_edge = Image.new("L", (w, h))
+    soft_edge.paste(255, (w // 16, h // 16, w - w // 16, h - h // 16))
+    soft_edge = soft_edge.filter(ImageFilter.GaussianBlur(h / 32))
+    scene.paste(picture.resize((w, h), Image.Resampling.BICUBIC), (left, top), soft_edge)
     return scene
 
 
@@ -163,9 +185,9 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
   chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.{start}
-- Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. A photo whose membership is
-  below {config["rejection_threshold"]:.3f} is answered with "none of these": of photos made of validation images, one in
-  twenty falls below that.
+- Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the cosine
+  between the features of a photo and the nearest class mean, the mean of its views; a photo below
+  {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images.
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
 `model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,

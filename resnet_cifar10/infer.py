@@ -19,7 +19,7 @@ CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejecti
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a photo shows. `membership`: higher = more likely one of the classes; `rejected`: below the threshold."""
+    """What a photo shows. `membership`, -1 to 1: higher = more likely one of the classes; `rejected`: below the threshold."""
 
     label: str
     probabilities: dict[str, float]
@@ -124,9 +124,9 @@ class Classifier:
         return self.session.run(["probabilities"], {"images": images})[0]  # type: ignore[no-any-return]
 
     def classify(self, views: np.ndarray[Any, np.dtype[np.uint8]]) -> Prediction:
-        """Average the probabilities of a photo's views [V, 32, 32, 3]; refuse it where the highest is below the threshold."""
-        mean = self.probabilities(views).mean(axis=0, dtype=np.float64)
-        best = int(mean.argmax())
-        probabilities = dict(zip(self.classes, mean.tolist(), strict=True))
-        membership = float(mean[best])
-        return Prediction(self.classes[best], probabilities, membership, membership < self.config["rejection_threshold"])
+        """Average probabilities and membership over a photo's views [V, 32, 32, 3]; refuse it below the threshold."""
+        outputs = self.session.run(["probabilities", "membership"], {"images": views})
+        mean, membership = (output.mean(axis=0, dtype=np.float64).tolist() for output in outputs)
+        probabilities = dict(zip(self.classes, mean, strict=True))
+        label = max(probabilities, key=probabilities.__getitem__)
+        return Prediction(label, probabilities, membership, membership < self.config["rejection_threshold"])

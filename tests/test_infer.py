@@ -25,7 +25,7 @@ from resnet_cifar10.storage import save_model
 CLASSES = ["red", "green", "blue"]
 CONFIG = {
     "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
-    "temperature": 2.0, "rejection_threshold": 0.0,
+    "temperature": 2.0, "rejection_threshold": -1.0, "class_means": np.eye(3, 64).tolist(),
 }  # fmt: skip
 
 
