@@ -10,7 +10,7 @@ from PIL import Image
 from .infer import Classifier
 from .photo import boxes, views
 
-GRID = 64  # places of a side of the photo
+GRID = 16  # places of a side of the photo
 LONGEST_SIDE = 640  # pixels of the drawn picture
 OPACITY = 0.65  # of the colour over the photo
 # Five colours of matplotlib's "inferno" (CC0), from cold to hot. Its lightness only rises, so it reads the same to
@@ -19,7 +19,7 @@ COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252
 
 
 def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Say how much each place of a photo spoke for a class: float32 [64, 64], in logits, the mean of the views that show it."""
+    """Say how much each place of a photo spoke for a class: float32 [16, 16], in logits, the mean of the views that show it."""
     (maps,) = classifier.session.run(["activation_map"], {"images": views(photo)})
     upright, mirrored = np.split(maps[:, classifier.classes.index(label)], 2)  # each [boxes, 8, 8]
     places = (np.array(boxes(*photo.size)) * GRID / (photo.size * 2)).round().astype(int).tolist()

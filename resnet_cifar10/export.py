@@ -191,7 +191,15 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
 `model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,
-`config.json` all that is needed to use either: `resnet-cifar10 infer PHOTO --model FOLDER`.
+`config.json` all that is needed to use either: `resnet-cifar10 infer PHOTO --model FOLDER`. Without that package:
+
+```python
+import numpy, onnxruntime
+from PIL import Image
+session = onnxruntime.InferenceSession("model.onnx")
+image = numpy.asarray(Image.open("photo.jpg").convert("RGB").resize((32, 32), Image.Resampling.BOX))
+print(session.get_modelmeta().custom_metadata_map["classes"].split(), session.run(["probabilities"], {{"images": image[None]}}))
+```
 
 | key | value |
 | --- | --- |

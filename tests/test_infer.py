@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from resnet_cifar10.export import export, framed, rejection_threshold
-from resnet_cifar10.infer import Classifier
+from resnet_cifar10.infer import BUILT_IN, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, square, views
 from resnet_cifar10.storage import save_model
@@ -184,6 +185,20 @@ def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image
     status, output, _ = cli("infer", tmp_path / "photo.png", "--model", tmp_path)
     assert status == 0
     assert "none of these 3 (most like: " in output
+
+
+def test_the_five_lines_of_the_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
+    lines = (BUILT_IN / "resnet32" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32" / "model.onnx").read_bytes())
+    (tmp_path / "resnet_cifar10.py").write_text("raise ImportError('this package must not be needed')")
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=True)
+    classes, probabilities = done.stdout.split("[array(")
+    assert classes.count("'") == 20
+    with Image.open(tmp_path / "photo.jpg") as image:
+        expected = Classifier().probabilities(np.asarray(image.resize((32, 32), Image.Resampling.BOX))[None])[0]
+    numbers = [float(number) for number in re.findall(r"\d\.[\de.+-]+", probabilities)]
+    assert numbers == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_path: Path) -> None:
