@@ -56,7 +56,7 @@ def main() -> None:
         values = torch.tensor([sorted(seconds[panel, *point]) for point in at])
         middle, column = values.median(1).values, ["depth", "batch size", "images"].index(panel)
         axis.errorbar([p[column] for p in at], middle, [middle - values[:, 0], values[:, -1] - middle], marker="o", capsize=3)
-        axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None))
+        axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None), xticks=[p[column] for p in at])
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}\nwhere not said otherwise: ResNet-20, batches of 128, 1,024 images", fontsize=9)
     file = out / f"{date.today()}-{slug(machine['processor'])}-growth"
