@@ -28,7 +28,7 @@ bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and num
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,ray,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,ray,tensorflow,dev]'
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # the class above 
 MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
+FRAMEWORK_HELP = "pytorch or tensorflow."
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -38,6 +39,7 @@ def train(
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.")] = 1,
     gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each run.")] = None,
+    framework: Annotated[str, typer.Option(help=FRAMEWORK_HELP)] = "pytorch",
 ) -> None:
     """Train what is not done yet; the same command again resumes and skips."""
     from .settings import load_settings
@@ -46,6 +48,8 @@ def train(
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
     _need("train")
+    if ray and framework != "pytorch":
+        raise ValueError(f"--framework: found {framework!r}; allowed with --ray: pytorch")
     if ray:
         from .cluster import study_on_ray
 
@@ -53,24 +57,27 @@ def train(
     else:
         from .study import study
 
-        study(rows, data, out, device)
+        study(rows, data, out, device, framework)
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
+    framework: Annotated[str, typer.Option(help=FRAMEWORK_HELP)] = "pytorch",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
     _need("train")
     from .evaluate import evaluate_model
     from .sources import load
+    from .study import choose
 
+    forward = choose(framework).forward
     test = load(data, "test", os.cpu_count() or 1)
     if test is None:
         raise ValueError(f"{data}: has no test split")
-    metrics = evaluate_model(model, test)
+    metrics = evaluate_model(model, test, forward=forward) | {"framework": framework}
     if as_json:
         print(json.dumps(metrics))
         return

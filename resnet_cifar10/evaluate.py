@@ -17,11 +17,12 @@ from torch import Tensor
 from .data import Split, normalise
 from .storage import load_model
 
+Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logits [N, classes]
 ECE_BINS = 15  # Guo et al. 2017, section 2
 
 
 @torch.inference_mode()
-def predict(model: Callable[[Tensor], Tensor], images: Tensor, mean: list[float], std: list[float],
+def predict(model: Forward, images: Tensor, mean: list[float], std: list[float],
             batch_size: int = 500, title: str = "") -> Tensor:  # fmt: skip
     """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; a title shows a bar."""
     logits, console = [], Console(stderr=True)
@@ -98,8 +99,15 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
     }
 
 
-def evaluate_model(model: str | Path, test: Split, device: str = "cpu") -> dict[str, Any]:
+def evaluate_model(model: str | Path, test: Split, device: str = "cpu",
+                   forward: Callable[..., Forward] = lambda network, _: network) -> dict[str, Any]:  # fmt: skip
     """Evaluate a model folder on a test split, with the model's own mean, std and temperature.
+
+    Args:
+        model: A model folder, a finished run folder or a built-in name.
+        test: The images.
+        device: "cpu" or "cuda".
+        forward: Maps the network and the arguments that it was built with to what computes its logits.
 
     Raises:
         ValueError: If the model cannot be read, or its class names are not those of the data.
@@ -112,6 +120,7 @@ def evaluate_model(model: str | Path, test: Split, device: str = "cpu") -> dict[
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     title = f"evaluating {len(test):,} images"
     print(title, file=sys.stderr, flush=True)
-    logits = predict(network, test.images.to(device), config["mean"], config["std"], title=title).cpu()
+    compute = forward(network, config["architecture"])
+    logits = predict(compute, test.images.to(device), config["mean"], config["std"], title=title).cpu()
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
-    return metrics | {"framework": "pytorch", "model": str(model), "data": test.source, "data_sha256": test.sha256}
+    return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256}

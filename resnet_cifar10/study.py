@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,22 @@ import torch
 from torch import distributed as dist
 
 from .data import Split, hold_out
+from .evaluate import Forward
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
 from .model import ResNet, parameter_count
 from .settings import Setting
 from .sources import load
 from .storage import Tensors, check_room, load_model, read_json, write_json
-from .train import TrainingFailed, train
+from .train import TrainingFailed
+from .train import train as train_in_pytorch
 
 Reader = Callable[[str], Split | None]
 Run = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
 
-def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto") -> None:
+def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto",
+          framework: str = "pytorch") -> None:  # fmt: skip
     """Train every setting with each of its seeds; what is done is skipped.
 
     Under torchrun each process calls this; the first one alone writes and prints.
@@ -39,10 +43,12 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     device = pick_device(device)
     read = cache(partial(load, data, processes=os.cpu_count() or 1))
     runs = run_folders(settings, out)
+    for setting in settings:
+        choose(framework).resolve(setting, device)
     with processes(device) as rank:
         print(f"reading {data}", flush=True)
         if rank == 0:
-            claim(runs, read)
+            claim(runs, read, framework)
         done = [[(folder / "result.json").exists() for *_, folder in runs]]
         if dist.is_initialized():  # the file system of another host may be late
             dist.broadcast_object_list(done)
@@ -51,7 +57,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             print(f"run {number} of {len(runs)}: {what}", flush=True)
             if not is_done:
                 with locked(folder) if rank == 0 else nullcontext():
-                    run(setting, seed, read, folder, device, rank)
+                    run(setting, seed, read, folder, device, rank, framework)
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
@@ -59,22 +65,54 @@ def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
     return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
 
 
-def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Framework:
+    """All that depends on the framework."""
+
+    resolve: Callable[[Setting, str], tuple[str, bool]]  # setting and device to precision and whether to compile
+    train: Callable[..., tuple[ResNet, dict[str, Any], dict[str, Any]]]  # train.train, or what does the same
+    forward: Callable[[ResNet, dict[str, Any]], Forward]  # network and its arguments to what computes its logits
+
+
+def choose(framework: str) -> Framework:
+    """Find a framework by its name.
+
+    Raises:
+        ValueError: If there is none of this name, or it is not installed.
+
+    """
+    if framework == "tensorflow":
+        from . import tensorflow_twin as twin
+
+        return Framework(twin.resolve, twin.train, twin.forward)
+    if framework != "pytorch":
+        raise ValueError(f"--framework: found {framework!r}; allowed: pytorch, tensorflow")
+    return Framework(_resolve, train_in_pytorch, lambda network, _: network)
+
+
+def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
+    """Say what a setting leaves to the machine."""
+    automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
+    return automatic if setting.precision == "auto" else setting.precision, setting.compile and has_compiler()
+
+
+def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
+        framework: str = "pytorch") -> dict[str, Any]:  # fmt: skip
     """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
 
     Returns:
         The content of result.json, whose presence means done.
 
     """
-    automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
-    precision = automatic if setting.precision == "auto" else setting.precision
-    compiled = setting.compile and has_compiler()
+    chosen = choose(framework)
+    precision, compiled = chosen.resolve(setting, device)
     if setting.compile and not compiled:
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training) if setting.start_from else None
     facts = environment(device) | {"precision": precision, "compiled": compiled}
-    model, config, result = train(setting, seed, training, validation, folder, device, precision, compiled, start, facts)
+    how = (device, precision, compiled, start, facts)
+    model, config, result = chosen.train(setting, seed, training, validation, folder, *how)
     if rank == 0:
         result |= finish(folder / "model", model, config, validation, read("test"), device)
         write_json(folder / "result.json", result)
@@ -159,30 +197,31 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             file.truncate(0)
 
 
-def claim(runs: Sequence[Run], read: Reader) -> None:
+def claim(runs: Sequence[Run], read: Reader, framework: str = "pytorch") -> None:
     """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
 
     Raises:
         ValueError: Before anything is written.
 
     """
-    claims = [(folder, _claim(setting, seed, folder, read)) for setting, seed, folder in runs]
+    claims = [(folder, _claim(setting, seed, folder, read, framework)) for setting, seed, folder in runs]
     for folder, content in claims:
         if not (folder / "setting.json").exists():
             with locked(folder):  # another process may be about to claim it too
                 write_json(folder / "setting.json", content)
 
 
-def _claim(setting: Setting, seed: int, folder: Path, read: Reader) -> dict[str, Any]:
+def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-    claim: dict[str, Any] = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, **digests}
+    row = setting.model_dump(exclude={"seeds"})
+    claim: dict[str, Any] = {"setting": row, "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
         found = read_json(folder / "setting.json")
         if not isinstance(found, dict) or not isinstance(found.get("setting"), dict):
             raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
-        before, now = ({**value["setting"], **value, "setting": None} for value in (found, claim))
+        before, now = ({"framework": "pytorch", **value["setting"], **value, "setting": None} for value in (found, claim))
         if differ := [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]:
             raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):

@@ -227,7 +227,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, folde
                 storage.write_tensors(folder / "best.safetensors", best, {"epoch": epoch})
             storage.write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
             storage.save_checkpoint(folder, _collect(model, optimizer, best), state)
-            print(_epoch_line(name, setting.epochs, rows, state), flush=True)
+            print(epoch_line(name, setting.epochs, rows, state), flush=True)
 
     if rank == 0:
         storage.write_tensors(folder / "best.safetensors", best, {"epoch": state["best_epoch"]})
@@ -300,7 +300,8 @@ def stop_signals() -> Iterator[list[int]]:
         restore()
 
 
-def _epoch_line(name: str, epochs: int, rows: list[dict[str, Any]], state: dict[str, Any]) -> str:
+def epoch_line(name: str, epochs: int, rows: list[dict[str, Any]], state: dict[str, Any]) -> str:
+    """Say how the last epoch went and how long the others will take."""
     row, seconds = rows[-1], [r["train_seconds"] + r["validation_seconds"] for r in rows[-5:]]
     minutes = sorted(seconds)[len(seconds) // 2] * (epochs - row["epoch"]) / 60
     left = f"{minutes // 60:.0f} h {minutes % 60:.0f} min" if minutes >= 60 else f"{minutes:.1f} min"

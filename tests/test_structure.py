@@ -1,6 +1,8 @@
 """The order of the rooms: imports point one way only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "train")
-ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export", "study", "cluster",
-         "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
+ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
+         "tensorflow_twin", "study", "cluster", "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
 
 
 def imports(room: str) -> set[str]:
@@ -32,6 +34,19 @@ def test_a_room_imports_only_what_stands_before_it(room: str) -> None:
 @pytest.mark.parametrize("room", CORE)
 def test_the_core_needs_no_other_room(room: str) -> None:
     assert imports(room) <= set(CORE)
+
+
+def test_the_core_does_not_know_tensorflow() -> None:
+    """Without the extra nothing imports it: one room does, and that one is imported in one function alone."""
+    for room in set(ORDER) - {"tensorflow_twin"}:
+        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+        foreign = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name for node in foreign for alias in node.names} | {getattr(node, "module", None) for node in foreign}
+        assert not names & {"tensorflow", "keras"}
+        assert ("tensorflow_twin" in names) == (room == "study")
+        assert room not in CORE or "tensorflow" not in ast.dump(tree).lower()
+    loaded = "import sys, resnet_cifar10.cli, resnet_cifar10.study; print({'tensorflow', 'keras'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def test_inference_needs_no_pytorch() -> None:

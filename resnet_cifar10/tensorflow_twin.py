@@ -1,0 +1,286 @@
+"""The same networks in TensorFlow: Keras layers, our own residual unit, model.fit; weights go both ways, PyTorch's layout."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import storage
+from .data import Split, batches, mean_and_std
+from .evaluate import accuracy, negative_log_likelihood, predict
+from .infer import SIZE
+from .model import GROUPS, WIDTHS, ResNet, parameter_count
+from .settings import Setting
+from .train import TrainingFailed, epoch_line, learning_rate, patience_ended
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
+os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}  # else Keras writes a file into the home folder
+try:
+    import keras
+    import tensorflow as tf
+except ImportError as missing:
+    raise ValueError(f"{missing.name} is not installed: pip install 'resnet-cifar10[tensorflow]'") from None
+
+TO_KERAS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a vector, of the linear layer and of a convolution
+TO_PYTORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """Keras's, with the unbiased variance among the running statistics, as in PyTorch."""
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        """Map [N, H, W, C] to the same shape."""
+        kept = self.momentum * self.moving_variance
+        out = super().call(inputs, training=training, mask=mask)
+        if training:
+            count = keras.ops.cast(keras.ops.size(inputs[..., 0]), self.variable_dtype)
+            self.moving_variance.assign(kept + (self.moving_variance - kept) * count / (count - 1))
+        return out
+
+
+class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
+    """Two 3x3 convolutions and the shortcut around them (He et al. 2015 and 2016): every stride-th pixel, new channels zero."""
+
+    def __init__(self, filters: int, stride: int, conv: Callable[..., Any], norm: Callable[[], Any],
+                 activation: Callable[[Any], Any], pre_activation: bool, activate_before_residual: bool,
+                 shortcut: bool, **options: Any) -> None:  # fmt: skip
+        super().__init__(**options)
+        self.filters, self.stride, self.activation, self.shortcut = filters, stride, activation, shortcut
+        self.pre_activation, self.activate_before_residual = pre_activation, activate_before_residual
+        self.conv1 = conv(filters, strides=stride, padding="valid" if stride > 1 else "same")
+        self.norm1, self.norm2, self.conv2 = norm(), norm(), conv(filters)  # in PyTorch's order, for the weights
+
+    def call(self, x: Any) -> Any:
+        """Map [N, H, W, C] to [N, H / stride, W / stride, filters]."""
+        around = x
+        if self.pre_activation:
+            x = self.activation(self.norm1(x))
+            around = x if self.activate_before_residual else around
+            x = self.conv2(self.activation(self.norm2(self._first_convolution(x))))
+        else:
+            x = self.norm2(self.conv2(self.activation(self.norm1(self._first_convolution(x)))))
+        if self.shortcut:
+            new_channels = self.filters - around.shape[-1]
+            x += keras.ops.pad(around[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, new_channels)))
+        return x if self.pre_activation else self.activation(x)
+
+    def _first_convolution(self, x: Any) -> Any:
+        if self.stride > 1:  # the padding "same" would give the left and the upper side no zeros
+            x = keras.ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return self.conv1(x)
+
+
+def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float = 0.1, l2_reg_lambda: float = 0.0,
+           pre_activation: bool = True, activate_before_residual: bool = True, shortcut: bool = True,
+           activation: str = "leaky_relu", normalization: str = "batch", dtype: str = "float32") -> keras.Model:  # fmt: skip
+    """Build the network from normalised images [N, 32, 32, 3] to logits [N, num_classes].
+
+    Args:
+        num_residual_units: In each of the three stages, named unit_1_0, unit_1_1, ... unit_3_0, ...
+        num_classes: Of the logits.
+        relu_leakiness: The slope of "leaky_relu" below 0.
+        l2_reg_lambda: Adds half of it times the squares of all parameters to the loss: the weight decay of PyTorch.
+        pre_activation: Normalise and activate before each convolution (He et al. 2016), not after (He et al. 2015).
+        activate_before_residual: Where pre_activation holds, the first unit's shortcut starts after the activation.
+        shortcut: False gives the plain network.
+        activation: As in settings.Setting.
+        normalization: As in settings.Setting; there is one process, so "sync_batch" is "batch".
+        dtype: "float32" or "float64".
+
+    """
+    keras.config.set_floatx(dtype)  # Keras has one for the whole process
+    keras.config.set_dtype_policy(dtype)
+    l2 = keras.regularizers.L2(l2_reg_lambda / 2)
+    act: Callable[[Any], Any] = {
+        "relu": keras.ops.relu, "leaky_relu": partial(keras.ops.leaky_relu, negative_slope=relu_leakiness),
+        "gelu": partial(keras.ops.gelu, approximate=False), "silu": keras.ops.silu,
+    }[activation]  # fmt: skip
+    scale: dict[str, Any] = {"epsilon": 1e-5, "gamma_regularizer": l2, "beta_regularizer": l2}
+    batch = partial(BatchNormalization, momentum=0.9, **scale)  # PyTorch counts the share that is new, 0.1
+    norm: Callable[[], Any] = {
+        "batch": batch, "sync_batch": batch, "layer": partial(keras.layers.GroupNormalization, 1, **scale),
+        "group": partial(keras.layers.GroupNormalization, GROUPS, **scale), "none": keras.layers.Identity,
+    }[normalization]  # fmt: skip
+    conv = partial(keras.layers.Conv2D, kernel_size=3, padding="same", use_bias=normalization == "none",
+                   kernel_regularizer=l2, bias_regularizer=l2)  # fmt: skip
+
+    images = keras.Input((SIZE, SIZE, 3))
+    x = conv(WIDTHS[0])(images)
+    x = x if pre_activation else act(norm()(x))
+    for stage, filters in enumerate(WIDTHS, 1):
+        for unit in range(num_residual_units):
+            stride, first = 2 if stage > 1 and unit == 0 else 1, stage == 1 and unit == 0
+            x = ResidualUnit(filters, stride, conv, norm, act, pre_activation, activate_before_residual and first, shortcut,
+                             name=f"unit_{stage}_{unit}")(x)  # fmt: skip
+    x = act(norm()(x)) if pre_activation else x
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    logits = keras.layers.Dense(num_classes, kernel_regularizer=l2, bias_regularizer=l2)(x)
+    return keras.Model(images, logits)
+
+
+def from_pytorch(network: ResNet, architecture: dict[str, Any], l2_reg_lambda: float = 0.0,
+                 dtype: str = "float32") -> keras.Model:  # fmt: skip
+    """Build the Keras model of a PyTorch network, with its weights; architecture holds the arguments of ResNet."""
+    model = resnet((architecture["depth"] - 2) // 6, architecture["classes"], architecture["leaky_slope"], l2_reg_lambda,
+                   architecture["block"] == "pre", shortcut=architecture["shortcut"], activation=architecture["activation"],
+                   normalization=architecture["normalization"], dtype=dtype)  # fmt: skip
+    tensors = [tensor.numpy() for tensor in network.state_dict().values() if tensor.ndim]  # Keras counts no batches
+    model.set_weights([tensor.transpose(TO_KERAS[tensor.ndim]) for tensor in tensors])
+    return model
+
+
+def to_pytorch(model: keras.Model, network: ResNet) -> None:
+    """Copy the weights of a Keras model into the PyTorch network of the same architecture."""
+    names = [name for name, tensor in network.state_dict().items() if tensor.ndim]
+    weights = [torch.tensor(weight.transpose(TO_PYTORCH[weight.ndim])) for weight in model.get_weights()]
+    network.load_state_dict(dict(zip(names, weights, strict=True)), strict=False)
+
+
+def forward(network: ResNet, architecture: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Compute a PyTorch network's logits in TensorFlow: the function that evaluate.predict wants."""
+    return _logits(from_pytorch(network, architecture))
+
+
+def _logits(model: keras.Model) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.from_numpy(model.predict_on_batch(x.permute(0, 2, 3, 1).numpy()))
+
+
+class SGD(keras.optimizers.SGD):  # type: ignore[misc]
+    """Momentum as in PyTorch: the velocity adds up gradients, not steps, so a new learning rate acts at once."""
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Move one variable."""
+        step = gradient
+        if self.momentum > 0:
+            velocity = self.momentums[self._get_variable_index(variable)]
+            self.assign(velocity, self.momentum * velocity + gradient)
+            step = gradient + self.momentum * velocity if self.nesterov else velocity
+        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * step)
+
+
+class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """The learning rate of every step of a run, from train.learning_rate."""
+
+    def __init__(self, setting: Setting, steps: int) -> None:
+        total = setting.epochs * steps
+        self.rates = tf.constant([learning_rate(setting, step / total) for step in range(total)])
+
+    def __call__(self, step: Any) -> Any:
+        """Return the rate of one step, counted from 0 over all epochs."""
+        return keras.ops.take(self.rates, step)
+
+
+def make_optimizer(setting: Setting, steps: int) -> keras.optimizers.Optimizer:
+    """Build the optimizer; the weight decay of SGD and Adam is in the loss, AdamW takes its own (Loshchilov & Hutter 2019)."""
+    schedule = Schedule(setting, steps)
+    if setting.optimizer == "sgd":
+        return SGD(schedule, setting.momentum, setting.nesterov)
+    betas = {"beta_1": setting.momentum, "beta_2": 0.999, "epsilon": 1e-8}
+    if setting.optimizer == "adam":
+        return keras.optimizers.Adam(schedule, **betas)
+    return keras.optimizers.AdamW(schedule, weight_decay=setting.weight_decay, **betas)
+
+
+def resolve(setting: Setting, device: str) -> tuple[str, bool]:
+    """Return precision and whether to compile (XLA, which needs no C++ compiler); refuse what TensorFlow lacks here.
+
+    Raises:
+        ValueError: Naming the option or key, what was found and what is allowed.
+
+    """
+    allowed = "allowed with --framework tensorflow"
+    if device != "cpu":
+        raise ValueError(f"--device: found {device!r}; {allowed}: cpu")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(f"torchrun: found several processes; {allowed}: one")
+    if setting.precision == "bfloat16":
+        raise ValueError(f"setting {setting.name!r}: key 'precision': found 'bfloat16'; {allowed}: auto, float32, float64")
+    return "float32" if setting.precision == "auto" else setting.precision, setting.compile
+
+
+def train(setting: Setting, seed: int, training: Split, validation: Split, folder: Path, device: str = "cpu",
+          precision: str = "float32", compiled: bool = False, first_weights: storage.Tensors | None = None,
+          environment: dict[str, Any] | None = None) -> tuple[ResNet, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Do what train.train does, with the same arguments, results and initial weights; a broken-off run starts anew.
+
+    Raises:
+        TrainingFailed: If the loss is no longer finite.
+
+    """
+    name, steps = f"{setting.name}, seed {seed}", math.ceil(len(training) / setting.batch_size)
+    mean, std = mean_and_std(training.images)
+    fill = (torch.tensor(mean) * 255).round().to(torch.uint8)
+    architecture = setting.architecture(len(training.classes))
+    torch.manual_seed(seed)
+    network = ResNet(**architecture)
+    network.load_state_dict(first_weights or {}, strict=False)
+    network.to(getattr(torch, precision))
+    model = from_pytorch(network, architecture, 0.0 if setting.optimizer == "adamw" else setting.weight_decay, precision)
+    options: dict[str, Any] = {"from_logits": True, "label_smoothing": setting.label_smoothing}
+    model.compile(make_optimizer(setting, steps), keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
+                  metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
+                           keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
+
+    def arrays() -> Iterator[tuple[Any, Any]]:
+        for epoch in range(1, setting.epochs + 1):
+            for images, targets in batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill):
+                yield images.numpy(), targets.numpy()
+
+    shapes = (tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8), tf.TensorSpec((None, len(training.classes)), tf.float32))
+    dataset = tf.data.Dataset.from_generator(arrays, output_signature=shapes)
+    dataset = dataset.map(lambda images, targets: ((tf.cast(images, precision) / 255 - mean) / std, targets)).prefetch(2)
+
+    rows: list[dict[str, Any]] = []
+    state: dict[str, Any] = {"best_epoch": 0, "best_accuracy": -1.0}
+    started = time.perf_counter()
+
+    def end_of_epoch(epoch: int, log: dict[str, float]) -> None:
+        nonlocal started
+        trained, epoch = time.perf_counter(), epoch + 1  # Keras counts from 0
+        rate = learning_rate(setting, (epoch - 1 / steps) / setting.epochs)
+        if not math.isfinite(log["cross_entropy"]):
+            raise TrainingFailed(f"{name}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}")
+        validation_loss = validation_accuracy = None
+        if len(validation):
+            logits = predict(_logits(model), validation.images, mean, std)
+            validation_loss = negative_log_likelihood(logits, validation.labels)
+            validation_accuracy = accuracy(logits, validation.labels)
+        if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
+            state.update(best_epoch=epoch, best_accuracy=validation_accuracy)
+            to_pytorch(model, network)
+            storage.write_tensors(folder / "best.safetensors", network.state_dict(), {"epoch": epoch})
+        values = (epoch, log["cross_entropy"], 100 * log["accuracy"], validation_loss, validation_accuracy, rate,
+                  trained - started, time.perf_counter() - trained)  # fmt: skip
+        rows.append(dict(zip(storage.METRICS, values, strict=True)))
+        storage.write_metrics(folder, rows)
+        print(epoch_line(name, setting.epochs, rows, state), flush=True)
+        model.stop_training = patience_ended(setting, epoch, state["best_epoch"])
+        started = time.perf_counter()
+
+    storage.write_json(folder / "environment.json", (environment or {}) | {
+        "tensorflow": tf.__version__, "keras": keras.__version__, "data": training.source, "training_sha256": training.sha256,
+        "training_images": len(training), "validation_images": len(validation),
+    })  # fmt: skip
+    if (folder / "metrics.csv").exists():
+        print(f"{name}: starts anew; in TensorFlow a broken-off run does not go on", flush=True)
+    print(f"{name}: {setting.model}, {parameter_count(network):,} parameters; {training.source}: {len(training):,} training "
+          f"and {len(validation):,} validation images; TensorFlow, {precision}{', compiled' if compiled else ''}",
+          flush=True)  # fmt: skip
+    model.fit(dataset, epochs=setting.epochs, steps_per_epoch=steps, shuffle=False, verbose=int(sys.stdout.isatty()),
+              callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=end_of_epoch)])  # fmt: skip
+    config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
+              "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": state["best_epoch"]}  # fmt: skip
+    return network.float().eval(), config, {
+        "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
+        "epochs_run": len(rows), "best_epoch": state["best_epoch"], "stopped_early": len(rows) < setting.epochs,
+        "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60, "not_bit_exact": "",
+    }  # fmt: skip

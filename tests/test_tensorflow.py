@@ -1,0 +1,185 @@
+"""Two independent implementations of the same network agree: logits, one step of training, whole runs."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from resnet_cifar10.model import ResNet
+from resnet_cifar10.settings import Setting, load_settings
+from resnet_cifar10.storage import load_model, read_tensors
+from resnet_cifar10.train import make_optimizer
+
+if not importlib.util.find_spec("tensorflow"):
+    pytest.skip("needs the extra 'tensorflow'", allow_module_level=True)
+
+from resnet_cifar10 import tensorflow_twin as twin
+
+pytestmark = pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def network(setting: Setting, dtype: torch.dtype) -> tuple[ResNet, dict[str, Any]]:
+    """Build a network whose every number, running statistics too, differs from its neutral value."""
+    torch.manual_seed(1)
+    architecture = setting.architecture(10)
+    model = ResNet(**architecture).to(dtype)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1:
+                tensor.add_(0.1 * torch.rand_like(tensor))
+    return model, architecture
+
+
+def row(**changes: object) -> Setting:
+    return Setting.model_validate({"name": "Row", "epochs": 1, "weight_decay": 5e-4} | changes)
+
+
+def channels_last(images: torch.Tensor) -> Any:
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(("depth", "block", "activation"), [
+    (20, "post", "relu"), (20, "pre", "leaky_relu"), (32, "post", "relu"), (32, "pre", "leaky_relu"),
+])  # fmt: skip
+def test_the_same_weights_give_the_same_logits(depth: int, block: str, activation: str) -> None:
+    model, architecture = network(row(model=f"resnet{depth}", block=block, activation=activation), torch.float32)
+    theirs = twin.from_pytorch(model, architecture)
+    images = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for training in (True,) * 8 + (False,):  # with the statistics of the batch, then with the running ones that this gave
+        with torch.inference_mode():
+            logits = model.train(training)(images)
+        answer = torch.from_numpy(theirs(channels_last(images), training=training).numpy())
+        assert float((answer - logits).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [
+    {"normalization": "layer", "activation": "gelu"}, {"normalization": "group", "activation": "silu", "block": "pre"},
+    {"normalization": "none", "shortcut": "none"}, {"normalization": "none", "block": "pre"},
+])  # fmt: skip
+def test_every_other_option_gives_the_same_logits(changes: dict[str, Any]) -> None:
+    model, architecture = network(row(model="resnet8", **changes), torch.float64)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answer = twin.from_pytorch(model, architecture, dtype="float64")(channels_last(images), training=False).numpy()
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-6, atol=1e-6)
+
+
+def test_units_have_the_names_of_the_assignment() -> None:
+    names = [layer.name for layer in twin.resnet(num_residual_units=5).layers if layer.name.startswith("unit")]
+    assert names == [f"unit_{stage}_{unit}" for stage in (1, 2, 3) for unit in range(5)]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"block": "pre", "nesterov": True}, {"momentum": 0.0, "label_smoothing": 0.1}, {"optimizer": "adam", "lr": 1e-3},
+    {"optimizer": "adamw", "lr": 1e-3},
+])  # fmt: skip
+def test_steps_of_training_give_the_same_weights_and_running_statistics(changes: dict[str, Any]) -> None:
+    setting = row(**{"model": "resnet8", "lr_decay": "linear"} | changes)
+    model, architecture = network(setting, torch.float64)
+    optimizer = make_optimizer(setting, model)
+    smoothing, decay = setting.label_smoothing, 0.0 if setting.optimizer == "adamw" else setting.weight_decay
+    theirs = twin.from_pytorch(model, architecture, decay, "float64")
+    loss = twin.keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+    theirs.compile(twin.make_optimizer(setting, steps=3), loss, jit_compile=False)
+    torch.manual_seed(2)
+    for step in range(2):  # the second one has a momentum and another learning rate
+        images, targets = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.eye(10, dtype=torch.float64)[:8]
+        optimizer.param_groups[0]["lr"] = setting.lr * (1 - step / 3)
+        F.cross_entropy(model(images), targets, label_smoothing=smoothing).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.train_on_batch(channels_last(images), targets.numpy())
+    back = ResNet(**architecture).double()
+    twin.to_pytorch(theirs, back)
+    for name, tensor in back.state_dict().items():
+        if tensor.ndim:  # Keras counts no batches
+            assert float((tensor - model.state_dict()[name]).abs().max()) < 1e-5, name
+
+
+# --- the command line ---
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert status == 0 or done.stderr.count("\n") == 1, done.stderr
+    return done
+
+
+def train(folder: Path, *options: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 4\nvalidation_size = 200\n'
+                                       'lr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\ncompile = false\n')  # fmt: skip
+    table = ("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs")
+    return run(*table, "--framework", "tensorflow", *options, status=status)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder)
+    return folder / "runs" / "d" / "seed-0"
+
+
+def test_a_run_has_the_folder_of_every_run_and_learns(trained: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    assert result["test"]["accuracy"] > 50  # chance: 10 %
+    with open(trained / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert max(float(row["validation_accuracy"]) for row in rows) == result["validation"]["accuracy"]
+    best, _ = read_tensors(trained / "best.safetensors")
+    model, config = load_model(trained)
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+    assert config["best_epoch"] == result["best_epoch"]
+    assert json.loads((trained / "environment.json").read_text())["tensorflow"] == twin.tf.__version__
+
+
+def test_both_frameworks_evaluate_a_model_alike(trained: Path) -> None:
+    both = [json.loads(run("evaluate", trained, "--data", "digits", "--json", "--framework", name).stdout)
+            for name in ("pytorch", "tensorflow")]  # fmt: skip
+    assert [metrics["framework"] for metrics in both] == ["pytorch", "tensorflow"]
+    assert both[0]["confusion"] == both[1]["confusion"]
+    assert both[0]["negative_log_likelihood"] == pytest.approx(both[1]["negative_log_likelihood"], abs=1e-5)
+
+
+def test_a_run_is_skipped_when_done_and_is_another_one_in_the_other_framework(trained: Path) -> None:
+    folder = trained.parents[2]
+    assert "is done" in train(folder).stdout
+    assert "framework was 'tensorflow', is 'pytorch'" in train(folder, "--framework", "pytorch", status=2).stderr
+
+
+def test_a_broken_off_run_says_that_it_starts_anew(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "d" / "seed-0"
+    folder.mkdir(parents=True)
+    for name in ("setting.json", "metrics.csv", "environment.json"):
+        (folder / name).write_bytes((trained / name).read_bytes())
+    assert "starts anew" in train(tmp_path).stdout
+    assert (folder / "best.safetensors").read_bytes() == (trained / "best.safetensors").read_bytes()
+
+
+def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "table.toml").write_text('[[setting]]\nname = "D"\nprecision = "bfloat16"\n')
+    table = ("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
+    refused = run(*table, "--framework", "tensorflow", status=2).stderr
+    assert "'precision': found 'bfloat16'" in refused
+    assert "tensorflow: auto, float32, float64" in refused
+    assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).stderr
+    assert "allowed: pytorch, tensorflow" in run(*table, "--framework", "abacus", status=2).stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_settings_of_the_comparison_differ_in_their_names_alone() -> None:
+    first, second = load_settings(ROOT / "settings" / "frameworks.toml")
+    assert first.model_dump(exclude={"name"}) == second.model_dump(exclude={"name"})
