@@ -184,6 +184,7 @@ def _from_archive(archive: Path, split: str) -> Split | None:
 
 def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     blobs: list[bytes | None] = []
@@ -200,7 +201,7 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             if table.metadata.num_rows > MAX_ROWS:
                 raise ValueError(f"found {table.metadata.num_rows:,} rows; allowed: at most {MAX_ROWS:,}")
             for part in table.iter_batches(64, columns=[image_column, "label"]):  # all rows can name one large image
-                blobs += (images_here := pa.compute.struct_field(part.column(image_column), "bytes").to_pylist())
+                blobs += (images_here := pc.struct_field(part.column(image_column), "bytes").to_pylist())
                 total += sum(len(blob or b"") for blob in images_here)
                 if total > MAX_ARCHIVE_BYTES:
                     raise ValueError(f"found more than {MAX_ARCHIVE_BYTES:,} bytes of images")
