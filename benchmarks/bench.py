@@ -30,9 +30,10 @@ from rich.table import Table
 
 from resnet_cifar10 import storage
 from resnet_cifar10.data import Split
-from resnet_cifar10.machine import computes_in_bfloat16, environment, has_compiler, pick_device
+from resnet_cifar10.machine import environment, has_compiler, pick_device
 from resnet_cifar10.settings import Setting, slug
 from resnet_cifar10.sources import CIFAR10_CLASSES, load
+from resnet_cifar10.study import choose
 
 
 class Group(NamedTuple):
@@ -47,10 +48,10 @@ class Group(NamedTuple):
 def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> tuple[list[Group], dict[str, str]]:
     """Say what is measured, and what this machine cannot show with the reason."""
     steps, turns, singles, side, depths = (2, 1, 10, 256, [8]) if quick else (8, 3, 300, 2048, [20, 32, 56])
-    missing, kinds, devices = {}, ["bfloat16", "float32"], ["cpu", "cuda"]
-    if not computes_in_bfloat16("cpu"):
+    precision, compiled = choose("pytorch").resolve(Setting(name="default"), "cpu")  # as `train` does
+    missing, kinds, devices = {}, list(dict.fromkeys([precision, "float32"])), ["cpu", "cuda"]
+    if precision != "bfloat16":
         missing["training in bfloat16"] = "no bfloat16 on this processor: float32 measured"
-        kinds.remove("bfloat16")
     if pick_device("auto") == "cpu":
         missing["training on a GPU"] = "no GPU here"
         devices.remove("cuda")
@@ -59,19 +60,20 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     compiler = has_compiler() and not quick
     if not compiler:
         missing["all that is compiled"] = "no C++ compiler, or --quick"
-    compiled = compiler and Setting(name="default").compile
+    compiled = compiled and compiler
 
     def training(depth: int, device: str) -> Group:
         some = split.subset(torch.arange(c.BATCH * steps * (20 if device == "cuda" else 1)) % len(split))
         found = {"common recipe": partial(c.common_recipe, some, depth, device)}
         for way in [compiled] + [not compiled] * (compiler and depth == 32):
-            found[f"ours, {kinds[0]}{', compiled' * way}"] = partial(c.ours, some, depth, device, kinds[0], way)
+            found[f"ours, {precision}{', compiled' * way}"] = partial(c.ours, some, depth, device, precision, way)
         if device == "cpu":
             found["matrix product"] = partial(c.matrix_product, side, kinds)
         return Group(f"training ResNet-{depth}, {device}", 2 * depth, turns, found)
 
     few, depth, images = split.subset(torch.arange(c.BATCH * steps)), min(32, depths[-1]), test.images.numpy()
-    starts = {f"ours{', compiled' * way}": partial(c.first_step, few, depth, "cpu", kinds[0], way) for way in {False, compiler}}
+    how = few, depth, "cpu", precision
+    starts = {f"ours{', compiled' * way}": partial(c.first_step, *how, way) for way in [False] + [True] * compiler}
     ways = {"PyTorch eager": partial(c.inference, images, singles, c.torch_network, False)}
     if compiler:
         ways["PyTorch compiled"] = partial(c.inference, images, singles, c.torch_network, True)
@@ -81,11 +83,11 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     infer = ["-m", "resnet_cifar10", "infer", folder / "photo.jpg"]
     programs = {"python -c 'import torch'": partial(c.program, [sys.executable, "-c", "import torch"]),
                 "resnet-cifar10 infer photo.jpg": partial(c.program, [sys.executable, *infer])}  # fmt: skip
-    readers = {f"in {n} process{'es' * (n > 1)}": partial(c.loading, data, n) for n in {1, os.cpu_count() or 1}}
+    readers = {f"in {n} process{'es' * (n > 1)}": partial(c.loading, data, n) for n in sorted({1, os.cpu_count() or 1})}
     return [
         Group("start to first training step", 80, 1, starts),
         *(training(depth, device) for device in devices for depth in depths),
-        Group("where a training step goes", 20, 1, {"ours": partial(c.profile, few, depth, "cpu", kinds[0], compiled)}),
+        Group("where a training step goes", 20, 1, {"ours": partial(c.profile, *how, compiled)}),
         Group("evaluation", 40, 1, {"common recipe": partial(c.common_evaluation, test), "ours": partial(c.evaluation, test)}),
         Group("inference", 60, 1 if quick else 5, ways),
         Group("one photo", 15, turns, programs),
