@@ -107,14 +107,13 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
         print(_line(outcomes[-1]), flush=True)
         for failure in outcomes[-1].failures:
             print(f"  FAILED: {failure}", flush=True)
-    report = _report(outcomes, options, time.monotonic() - started)
+        report = _report(outcomes, options, time.monotonic() - started)
+        if options.report:
+            options.report.write_text(report)
     if console.is_terminal:
         console.print(_table(outcomes))
     else:
         print(report)
-    if options.report:
-        options.report.write_text(report)
-        print(f"written: {options.report}")
     return int(any(outcome.failures for outcome in outcomes))
 
 
@@ -178,7 +177,7 @@ def _broken(work: Path, seed: int) -> int:
             ((row, variant) for variant in BROKEN[row.key]) for row in ROWS)):  # fmt: skip
         (folder := work / f"broken-{number}").mkdir()
         undo = put_in()
-        outcome = run(row, seed, min(row.full, 4 * row.batch if row.batch > 1 else 30), folder, stop_at_failure=True)
+        outcome = run(row, seed, min(row.full, 2 * row.batch if row.batch > 1 else 30), folder, stop_at_failure=True)
         undo()
         caught = bool(outcome.failures)
         missed += not (caught or outcome.skipped)

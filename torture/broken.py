@@ -1,2 +1,113 @@
-"""Deliberately broken variants."""
-BROKEN = {}
+"""The product broken on purpose, once for each row at least: what the torture suite must notice."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from PIL import Image
+
+from resnet_cifar10 import cli, infer, photo, sources, storage, study, train
+from resnet_cifar10.data import Split
+from resnet_cifar10.settings import Setting
+
+from . import inputs, training, web
+
+PutIn = Callable[[], Callable[[], None]]  # breaks something, and returns what mends it
+
+
+def _instead(old: Any, new: Any) -> PutIn:
+    """Replace a function or class in all rooms."""
+
+    def put_in() -> Callable[[], None]:
+        training.replace_everywhere(old, new)
+        return lambda: training.replace_everywhere(new, old)
+
+    return put_in
+
+
+def _changed(module: Any, **values: Any) -> PutIn:
+    """Give variables of a module other values."""
+
+    def put_in() -> Callable[[], None]:
+        before = {name: getattr(module, name) for name in values}
+        vars(module).update(values)
+        return lambda: vars(module).update(before)
+
+    return put_in
+
+
+def _both(*parts: PutIn) -> PutIn:
+    def put_in() -> Callable[[], None]:
+        mends = [part() for part in parts]
+        return lambda: [mend() for mend in mends] and None
+
+    return put_in
+
+
+def _write_in_place(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with vars(storage).get("open", open)(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _unverified(path: Path) -> tuple[storage.Tensors, dict[str, Any]]:
+    with safetensors.safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, storage.json.loads(file.metadata()["checkpoint"])["state"]  # noqa: SIM118
+
+
+def _forgetful(tensors: storage.Tensors, model: Any, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> None:
+    _RESTORE(tensors, model, optimizer, best)
+    optimizer.state.clear()
+
+
+_RESTORE, _FAIL = train._restore, cli._fail
+
+
+@contextmanager
+def _never_locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    yield
+
+
+def _unchecked(images: Any, labels: list[int], classes: tuple[str, ...], source: str, where: Path) -> Split:
+    return Split(torch.from_numpy(images.copy()), torch.tensor(labels), classes, source)
+
+
+def _bomb(rng: Any, folder: Path) -> tuple[Path, bool]:
+    (folder / "train.parquet").write_bytes(inputs.parquet_bomb("dictionary"))
+    return folder, False
+
+
+def _lenient_settings() -> Callable[[], None]:
+    def extra(value: str) -> None:
+        Setting.model_config["extra"] = value  # type: ignore[typeddict-item]
+        Setting.model_rebuild(force=True)
+
+    extra("ignore")
+    return lambda: extra("forbid")
+
+
+BROKEN: dict[str, list[tuple[str, PutIn]]] = {
+    "kill": [("a resume that forgets the optimizer's state", _instead(train._restore, _forgetful))],
+    "write": [("a writer without rename", _instead(storage.write, _write_in_place))],
+    "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
+    "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
+    "full": [("a writer without rename", _instead(storage.write, _write_in_place))],
+    "read-only": [("no check of the right to write", _instead(storage.check_room, lambda folder, parameters: None))],
+    "file": [("no check of the path", _instead(storage.check_room, lambda folder, parameters: None))],
+    "lock": [("a lock that never locks", _instead(study.locked, _never_locked))],
+    "refuse": [("no check of a checkpoint's tensors", _instead(storage.check_tensors, lambda file, wanted, tensors: None))],
+    "settings": [("unknown keys are let through", _lenient_settings)],
+    "data": [("labels are not checked", _instead(sources._checked, _unchecked)),
+             ("an archive reader without caps",
+              _both(_changed(sources, MAX_PARQUET_BYTES=1 << 60), _changed(inputs, MAKERS=(_bomb,))))],
+    "payload": [("Python's own unpickler", _instead(sources._BatchUnpickler, pickle.Unpickler))],
+    "model": [("an ONNX file's checksum is not looked at", _changed(infer, SEAL=b"nowhere"))],
+    "photo": [("Pillow's errors are let through", _instead(photo.read_photo, lambda file: Image.open(file).convert("RGB")))],
+    "web": [("a server that fails on a file's name", _changed(web, SABOTAGE="serve._shown = lambda name: 1 / 0; "))],
+}  # fmt: skip

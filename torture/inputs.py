@@ -286,22 +286,23 @@ def parquet(rng: random.Random, folder: Path) -> tuple[Path, bool]:
         case "types":
             pq.write_table(pa.table({"img": [{"bytes": rng.choice((1, "text", [b"x"]))}] * 2, "label": [0.5, 1.5]}), file)
         case "dictionary" | "rows":
-            file.write_bytes(_parquet_bomb(kind))
+            file.write_bytes(parquet_bomb(kind))
         case "names":
             write_parquet(file, good, [0, 1, 2, 3], rng.choice(([], ["a"], "ab", {"a": 1}, [1, 2, 3, 4], ["a", "a", "b", "c"])))
     return folder, False
 
 
-def _parquet_bomb(kind: str) -> bytes:
+def parquet_bomb(kind: str) -> bytes:
     """Make a parquet file of a hundred million rows, or of thousands that name one large picture; made once."""
     if not (file := training.GROUND.folder / f"{kind}.parquet").exists():
-        rows, blob, parts = (1 << 22, b"x", 24) if kind == "rows" else (40, bytes(3_000_000), 50)
+        rows, blob, parts = (1 << 22, b"x", 24) if kind == "rows" else (40, bytes(3_000_000), 25)
         indices = pa.array(np.zeros(rows, np.int32))
         images = pa.StructArray.from_arrays([pa.DictionaryArray.from_arrays(indices, pa.array([blob])).cast(pa.binary())], ["bytes"])
         table = pa.table({"img": images, "label": pa.array(np.zeros(rows, np.int64))})
-        with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(made := io.BytesIO(), table.schema, compression="zstd") as writer:
             for _ in range(parts):
                 writer.write_table(table)
+        storage.write(file, made.getvalue())
     return file.read_bytes()
 
 
@@ -342,6 +343,9 @@ def class_folders(rng: random.Random, folder: Path) -> tuple[Path, bool]:
     return folder, False
 
 
+MAKERS = (archive, archive, batch_folder, parquet, class_folders)
+
+
 @functools.cache
 def _right() -> dict[str, str]:
     """The checksums of the undamaged archive."""
@@ -357,7 +361,7 @@ def data(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     for trial in range(count):
         where = folder / f"{trial}"
         where.mkdir()
-        make = rng.choice((archive, archive, batch_folder, parquet, class_folders))
+        make = rng.choice(MAKERS)
         path, exact = make(rng, where)
         before = sorted(folder.rglob("*"))
         for part in ("train", "test"):

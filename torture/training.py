@@ -90,7 +90,7 @@ class Ground:
         def everything() -> None:
             if not real_export:
                 exported = (self.model / "model.onnx").read_bytes()
-                _replace_everywhere(export, lambda model, out: storage.write(out, exported))
+                replace_everywhere(export, lambda model, out: storage.write(out, exported))
             prepare()
 
         log = self.folder / f"log-{os.getpid()}-{next(LOGS)}"
@@ -153,7 +153,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _replace_everywhere(old: Any, new: Any) -> None:
+def replace_everywhere(old: Any, new: Any) -> None:
     """Replace a function in all rooms that have imported it."""
     for name, module in list(sys.modules.items()):
         if name.startswith("resnet_cifar10"):

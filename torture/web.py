@@ -21,6 +21,7 @@ from .harness import expect
 from .inputs import TEST, Image, _encoded, photo
 
 LIMITS = {"SECONDS": 2, "UPLOAD_BYTES": 300_000, "IN_FLIGHT": 6, "FILES": 3}  # tight, so that slow and large are quick to try
+SABOTAGE = ""  # put into the server's process by broken.py
 ANSWER_SECONDS = 30
 GOOD = _encoded(Image.fromarray(TEST[0][0]), "PNG")
 PATIENCE = 0.5  # seconds in which a request that is whole has an answer, nearly always
@@ -29,7 +30,7 @@ SLOW = 0.01  # the share of requests that are never finished: each takes SECONDS
 
 @contextmanager
 def _server() -> Iterator[int]:
-    code = ("import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); "
+    code = (f"import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); {SABOTAGE}"
             "serve.serve(sys.argv[1], '127.0.0.1', 0)")  # fmt: skip
     command = [sys.executable, "-c", code, str(training.GROUND.model), json.dumps(LIMITS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
