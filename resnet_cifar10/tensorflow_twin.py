@@ -180,7 +180,11 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore
 
 
 def make_optimizer(setting: Setting, steps: int) -> keras.optimizers.Optimizer:
-    """Build the optimizer; the weight decay of SGD and Adam is in the loss, AdamW takes its own (Loshchilov & Hutter 2019)."""
+    """Build the optimizer; the weight decay of SGD and Adam is in the loss, AdamW takes its own (Loshchilov & Hutter 2019).
+
+    Keras adds the epsilon of Adam before the correction of the bias, PyTorch after it: where gradients are tiny, the first
+    hundreds of steps differ.
+    """
     schedule = Schedule(setting, steps)
     if setting.optimizer == "sgd":
         return SGD(schedule, setting.momentum, setting.nesterov)
