@@ -1,0 +1,159 @@
+"""One run on several processes under torchrun; LONG=1 kills ten times instead of once, and a whole host too."""
+
+import csv
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_cifar10.data import Split, batches
+
+LONG = "LONG" in os.environ
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+EPOCHS = 3
+TABLE = f"""
+[[setting]]
+name = "Shared"
+model = "resnet8"
+batch_size = 24
+lr = 0.02
+epochs = {EPOCHS}
+normalization = "sync_batch"
+augmentation = "crop_flip"
+validation_size = 238  # leaves 1,200 images, 50 steps an epoch
+precision = "float64"
+compile = false
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
+
+
+def start(out: Path, *launcher: str, epochs: int = EPOCHS) -> subprocess.Popen[str]:
+    (out.parent / "table.toml").write_text(TABLE)
+    return subprocess.Popen(
+        [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out),
+         "--epochs", str(epochs)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str], out: Path) -> Path:
+    """Wait for the end of a run, make sure that nothing of it is left, and give its folder."""
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert not processes_of(out)
+    return out / "shared" / "seed-0"
+
+
+def launch(out: Path, n: int, epochs: int = EPOCHS) -> subprocess.Popen[str]:
+    if n == 1:
+        return start(out, sys.executable, epochs=epochs)
+    return start(out, *TORCHRUN, "--standalone", "--nproc-per-node", str(n), epochs=epochs)
+
+
+def processes_of(out: Path, rank: int | None = None) -> list[int]:
+    """Find the processes of a run, of one rank or all with their launchers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"\0{out}\0" in (folder / "cmdline").read_text()
+            if ours and (rank is None or f"\0RANK={rank}\0" in (folder / "environ").read_text()):
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if "seconds" not in key} for row in csv.DictReader(file)]
+
+
+def outcome(folder: Path) -> object:
+    files = ("last.safetensors", "best.safetensors", "model/model.safetensors")
+    return rows(folder), [(folder / name).read_bytes() for name in files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run of two processes, and the seconds that it took."""
+    out, started = tmp_path_factory.mktemp("undisturbed") / "runs", time.monotonic()
+    return end(launch(out, 2), out), time.monotonic() - started
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_each_image_is_seen_once_an_epoch_in_the_batch_of_a_single_process(n: int) -> None:
+    values = torch.arange(101, dtype=torch.uint8)
+    split = Split(values[:, None, None, None].expand(-1, 32, 32, 3), values.long() % 2, ("even", "odd"), "numbers")
+    fill = torch.zeros(3, dtype=torch.uint8)
+
+    def seen(rank: int, processes: int) -> list[list[int]]:
+        parts = batches(split, 16, "none", 0, 1, fill, rank, processes)
+        return [images[:, 0, 0, 0].tolist() for images, _ in parts]
+
+    parts = [seen(rank, n) for rank in range(n)]
+    whole = [sorted(chain(*batch)) for batch in zip(*parts, strict=True)]
+    assert sorted(chain(*whole)) == values.tolist()
+    assert whole == [sorted(batch) for batch in seen(0, 1)]
+
+
+def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, undisturbed: tuple[Path, float]
+) -> None:
+    two = rows(undisturbed[0])[0]
+    for n in (1, 4):
+        out = tmp_path / str(n)
+        (other,) = rows(end(launch(out, n, epochs=1), out))
+        for key in ("train_loss", "validation_loss"):
+            difference = abs(float(other[key]) / float(two[key]) - 1)
+            print(f"{n} and 2 processes: {key} {other[key]} differs by {difference:.1e}")
+            assert difference < 1e-6
+        assert other["train_accuracy"] == two["train_accuracy"]
+
+
+@pytest.mark.parametrize("number", range(10 if LONG else 1))
+def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(
+    tmp_path: Path, undisturbed: tuple[Path, float], number: int
+) -> None:
+    folder, seconds = undisturbed
+    out = tmp_path / "runs"
+    process = launch(out, 2)
+    while not (victim := processes_of(out, rank=1)):
+        time.sleep(0.1)
+    moment = random.Random(number).uniform(0.1, 0.8) * seconds  # from reading the data to the last epoch
+    time.sleep(moment)
+    os.kill(victim[0], signal.SIGKILL)
+    killed = time.monotonic()
+    while not (set(processes_of(out, rank=1)) - set(victim)):
+        assert time.monotonic() - killed < 60, "it hangs"
+        time.sleep(0.1)
+    print(f"killed after {moment:.1f} s, restarted after {time.monotonic() - killed:.1f} s more")
+    assert outcome(end(process, out)) == outcome(folder)
+
+
+@pytest.mark.skipif(not LONG, reason="takes a minute; LONG=1 runs it")
+def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, undisturbed: tuple[Path, float]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    host = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
+            "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]  # fmt: skip
+    out = tmp_path / "runs"
+    first = start(out, *host)
+    time.sleep(2)  # so that this one has rank 0 and the rendezvous
+    second = start(out, *host)
+    while not (out / "shared/seed-0/metrics.csv").exists():
+        time.sleep(0.1)
+    for pid in [second.pid, *processes_of(out, rank=1)]:
+        os.kill(pid, signal.SIGKILL)
+    second.communicate()
+    second = start(out, *host)
+    second.communicate(timeout=600)
+    assert outcome(end(first, out)) == outcome(undisturbed[0])
