@@ -29,15 +29,17 @@ from resnet_cifar10.machine import environment
 
 from . import inputs, training, web
 from .broken import BROKEN
-from .harness import Outcome, Row, run
+from .harness import HANG_SECONDS, Outcome, Row, run
 
 IDENTICAL = "final weights and metrics identical, every time"
 CLEAR = "a clear line and exit status 2, or the right answer"
+CASES = len(training.CANNOT_GO_ON) + 2
 ROWS = [
     Row("kill", "SIGKILL at a random moment of training, then resume", IDENTICAL, 200, training.killed_anywhere),
     Row("write", "SIGKILL inside a write (opened, half written, before fsync, before and after rename, while pruning)",
         "identical", 60, training.killed_in_a_write, batch=6, least=6),
-    Row("signal", "Ctrl-C or SIGTERM at a random moment, then resume", "130 or 143, one line, identical", 40, training.interrupted),
+    Row("signal", "Ctrl-C or SIGTERM at a random moment, then resume", "130 or 143, one line, identical", 40,
+        training.interrupted),
     Row("checkpoint", "newest checkpoint truncated, zeroed, bit-flipped", "older one used, said aloud, identical", 50,
         training.damaged_checkpoint),
     Row("full", "disk full (a small tmpfs) at a random moment", "old state intact, clear error, goes on, identical", 10,
@@ -45,8 +47,8 @@ ROWS = [
     Row("read-only", "read-only mount", "old state intact, clear error, goes on, identical", 10, training.read_only),
     Row("file", "path under a file", "old state intact, clear error, goes on, identical", 10, training.under_a_file),
     Row("lock", "two processes on one run folder", "one works, one leaves naming it", 20, training.two_processes),
-    Row("refuse", "non-finite loss, optimizer state missing, foreign run folder and the like", "stops or refuses with the reason",
-        len(training.CANNOT_GO_ON) + 2, training.cannot_go_on, batch=99, least=len(training.CANNOT_GO_ON) + 2),
+    Row("refuse", "non-finite loss, optimizer state missing, foreign run folder and the like",
+        "stops or refuses with the reason", CASES, training.cannot_go_on, batch=CASES, least=CASES),
     Row("settings", "settings mutated (typo, type, range, NaN, duplicate, encoding, huge) with hypothesis",
         "line naming file and key, status 2, nothing written", 5000, inputs.settings, batch=250),
     Row("data", "data archives truncated, bit-flipped, bombs, links and `..` members, wrong labels, shapes, missing classes",
@@ -55,8 +57,8 @@ ROWS = [
         "executed: 0", len(inputs.PAYLOADS), inputs.payloads, batch=len(inputs.PAYLOADS), least=len(inputs.PAYLOADS)),
     Row("model", "safetensors and ONNX model folders mutated", "clear error or equal model", 2000, inputs.models, batch=100,
         memory_mb=1000),
-    Row("photo", "photos mutated byte-wise and structurally", "a prediction or a clear line; no hang, no crash, memory bounded", 5000,
-        inputs.photos, batch=50, memory_mb=2000),
+    Row("photo", "photos mutated byte-wise and structurally",
+        "a prediction or a clear line; no hang, no crash, memory bounded", 5000, inputs.photos, batch=50, memory_mb=2000),
     Row("web", "web requests: oversize, chunked, slow, malformed, traversal names, parallel",
         "4xx or an answer; next good request answered", 2000, web.requests, batch=200),
 ]  # fmt: skip
@@ -65,7 +67,9 @@ ROWS = [
 def main() -> int:
     """Run the rows and say what came of them: 0 where nothing failed."""
     parser = argparse.ArgumentParser("torture", description=__doc__)
-    parser.add_argument("--scale", type=float, default=0.1, help="share of the full counts (1: hours; default %(default)s: minutes)")
+    parser.add_argument(
+        "--scale", type=float, default=0.1, help="share of the full counts (1: hours; default %(default)s: minutes)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other moments and mutations")
     parser.add_argument("--only", choices=[row.key for row in ROWS], action="append", help="only this row; can be repeated")
     parser.add_argument("--batch", type=int, help="only this batch of the row, as printed with a failure")
@@ -128,6 +132,7 @@ def _notes(outcome: Outcome) -> str:
     return f"peak {outcome.peak_mb:.0f} MB of {outcome.row.memory_mb}" if outcome.row.memory_mb else ""
 
 
+VERSIONS = ("torch", "numpy", "pillow", "pyarrow", "safetensors", "onnxruntime", "starlette", "uvicorn", "hypothesis")
 HEAD = ("what", "must be", "asked", "reached", "failures", "seconds", "note")
 
 
@@ -145,29 +150,31 @@ def _table(outcomes: list[Outcome]) -> Table:
 
 def _report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float) -> str:
     facts = environment("cpu")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "pillow", "pyarrow", "safetensors", "onnxruntime",
-                                                                "starlette", "uvicorn", "hypothesis"))  # fmt: skip
+    versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     rows = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *map(_cells, outcomes))]
     failures = [f"- {outcome.row.key}: {failure}" for outcome in outcomes for failure in outcome.failures]
     first = training.GROUND
-    return "\n".join([
-        "# Reliability", "",
-        f"Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: scale {options.scale:g} (1 is the full form), "
-        f"seed {options.seed}, {seconds / 60:.0f} minutes, commit {facts['git_commit'][:12]}.",
-        f"{facts['processor']}, one core of {facts['cores']}, {platform.system()} {platform.release()}, Python {facts['python']}; "
-        f"{versions}.", "",
-        *rows, "", "Failures:" if failures else "No failures.", "", *failures, *[""] * bool(failures),
-        f"- The training that is killed: ResNet-8, {training.TRAIN_IMAGES} images of handwritten digits, {training.EPOCHS} epochs, "
-        f"{first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the "
-        f"export, which takes most of the {first.whole_seconds:.1f} s otherwise; the tenth exports it.",
-        "- Identical: every file of the run folder has the same bytes; of `metrics.csv` and `result.json` all but the times. "
-        "No other file is left.",
-        "- SIGKILL ends a process, not the machine: what the kernel holds survives it. That a file is on the disk before it is "
-        "renamed is tested by the order of the calls, not by power cuts.",
-        "- Memory: how much the resident memory of the process grew at most within one trial (photos: within one command for "
-        f"{next(row.batch for row in ROWS if row.key == 'photo')} of them). A hang is no answer for 60 seconds.",
-        f"- Web requests: limits of the server set to {web.LIMITS}.", "",
-    ])  # fmt: skip
+    return f"""# Reliability
+
+Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: scale {options.scale:g} (1 is the full form), seed
+{options.seed}, {seconds / 60:.0f} minutes, commit {facts["git_commit"][:12] or "unknown"}.
+{facts["processor"]}, one core of {facts["cores"]}, {platform.system()} {platform.release()}, Python {facts["python"]}; {versions}.
+
+{chr(10).join(rows)}
+
+{"Failures:" if failures else "No failures."}
+{"".join(chr(10) + failure for failure in failures)}
+- The training that is killed: ResNet-8, {training.TRAIN_IMAGES} images of handwritten digits, {training.EPOCHS} epochs,
+  {first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the export,
+  with which a run takes {first.whole_seconds:.1f} s; the tenth exports it.
+- Identical: every file of the run folder has the same bytes; of `metrics.csv` and `result.json` all but the times. No other
+  file is left.
+- SIGKILL ends a process, not the machine: what the kernel holds survives it. That a file is on the disk before it is renamed
+  is tested by the order of the calls, not by power cuts.
+- Memory: how much the resident memory of the process grew at most within one trial. A hang is no answer for
+  {HANG_SECONDS} seconds.
+- Web requests: limits of the server set to {web.LIMITS}.
+"""
 
 
 def _broken(work: Path, seed: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,12 @@ def _changed(module: Any, **values: Any) -> PutIn:
 def _both(*parts: PutIn) -> PutIn:
     def put_in() -> Callable[[], None]:
         mends = [part() for part in parts]
-        return lambda: [mend() for mend in mends] and None
+
+        def mend() -> None:
+            for one in mends:
+                one()
+
+        return mend
 
     return put_in
 
@@ -58,7 +64,8 @@ def _write_in_place(path: Path, content: bytes | str) -> None:
 
 def _unverified(path: Path) -> tuple[storage.Tensors, dict[str, Any]]:
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, storage.json.loads(file.metadata()["checkpoint"])["state"]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+        return tensors, json.loads(file.metadata()["checkpoint"])["state"]
 
 
 def _forgetful(tensors: storage.Tensors, model: Any, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -162,11 +163,10 @@ def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
                 outcome.skipped = problem.removeprefix("skipped: ")
                 break
             outcome.reached += 1
-            if not problem and row.memory_mb and peak_mb > row.memory_mb:
-                problem = f"took {peak_mb:.0f} MB, the bound is {row.memory_mb}"
-            if problem:
-                problem = " ".join(problem.split())
-                outcome.failures.append(f"{problem}; again: python -m torture --only {row.key} --seed {seed} --batch {number}")
+            too_much = f"took {peak_mb:.0f} MB, the bound is {row.memory_mb}" if peak_mb > (row.memory_mb or math.inf) else ""
+            if problem or too_much:
+                text = " ".join((problem or too_much).split())
+                outcome.failures.append(f"{text}; again: python -m torture --only {row.key} --seed {seed} --batch {number}")
             outcome.seconds = time.monotonic() - started
             progress(outcome)
         shutil.rmtree(folder, ignore_errors=True)

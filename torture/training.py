@@ -249,7 +249,7 @@ def die_in_a_write(point: str, times: int) -> None:
         fsync(number)
 
     vars(storage)["open"] = dying_open
-    os.replace, os.fsync = dying_replace, dying_fsync
+    vars(os).update(replace=dying_replace, fsync=dying_fsync)
 
 
 def killed_in_a_write(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
@@ -330,7 +330,9 @@ def damaged_checkpoint(rng: random.Random, count: int, folder: Path) -> Iterator
 @contextmanager
 def _mounted(folder: Path) -> Iterator[Path]:
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={MOUNT_MB}m", "torture", folder], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={MOUNT_MB}m", "torture", folder], capture_output=True, check=False
+    ).returncode:
         raise Skipped("only root can mount a small file system")
     try:
         yield folder
@@ -438,7 +440,8 @@ def _other_setting(file: Path) -> None:
 
 CANNOT_GO_ON: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "optimizer state missing": (lambda run: _rewrite(run / storage.LAST, _drop_optimizer), ("seed-0", "optimizer.")),
-    "a weight missing": (lambda run: _rewrite(run / storage.LAST, lambda t, s: t.pop("model.conv.weight")), ("model.conv.weight",)),
+    "a weight missing": (
+        lambda run: _rewrite(run / storage.LAST, lambda t, s: t.pop("model.conv.weight")), ("model.conv.weight",)),
     "a weight of another shape": (
         lambda run: _rewrite(run / storage.LAST, lambda t, s: t.update({"model.linear.bias": torch.zeros(3)})),
         ("model.linear.bias",)),

@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from . import training
 from .harness import expect
-from .inputs import TEST, Image, _encoded, photo
+from .inputs import TEST, encoded, photo
 
 LIMITS = {"SECONDS": 2, "UPLOAD_BYTES": 300_000, "IN_FLIGHT": 6, "FILES": 3}  # tight, so that slow and large are quick to try
 SABOTAGE = ""  # put into the server's process by broken.py
 ANSWER_SECONDS = 30
-GOOD = _encoded(Image.fromarray(TEST[0][0]), "PNG")
+GOOD = encoded(Image.fromarray(TEST[0][0]), "PNG")
 PATIENCE = 0.5  # seconds in which a request that is whole has an answer, nearly always
 SLOW = 0.01  # the share of requests that are never finished: each takes SECONDS
 
@@ -61,7 +63,9 @@ def _send(port: int, request: bytes, patience: float = ANSWER_SECONDS) -> bytes:
         return answer
 
 
-def _post(port: int, body: bytes, kind: str = "application/octet-stream", length: int | str | None = None, extra: str = "") -> bytes:
+def _post(
+    port: int, body: bytes, kind: str = "application/octet-stream", length: int | str | None = None, extra: str = ""
+) -> bytes:
     size = len(body) if length is None else length
     return (f"POST /api/classify HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\nContent-Type: {kind}\r\n"
             f"Content-Length: {size}\r\n{extra}\r\n").encode() + body  # fmt: skip
@@ -77,19 +81,44 @@ def _chunked(rng: random.Random, port: int, body: bytes) -> bytes:
 
 
 def _form(rng: random.Random, files: int) -> tuple[bytes, str]:
-    names = ("a.jpg", "../../etc/passwd", "..\\..\\x", "/etc/passwd", "\x1b[2J", '"; filename="b', "x" * 5000, "", "a\0b", "%2e%2e%2f")
+    names = (
+        "a.jpg",
+        "../../etc/passwd",
+        "..\\..\\x",
+        "/etc/passwd",
+        "\x1b[2J",
+        '"; filename="b',
+        "x" * 5000,
+        "",
+        "a\0b",
+        "%2e%2e%2f",
+    )
     parts = [f'--limit\r\nContent-Disposition: form-data; name="f"; filename="{rng.choice(names)}"\r\n\r\n'.encode()
              + rng.choice((GOOD, photo(rng), b"")) + b"\r\n" for _ in range(files)]  # fmt: skip
     body = b"".join(parts) + b"--limit--\r\n"
-    return body, rng.choice(("multipart/form-data; boundary=limit",) * 4 + ("multipart/form-data", "multipart/form-data; boundary="))
+    return body, rng.choice(
+        ("multipart/form-data; boundary=limit",) * 4 + ("multipart/form-data", "multipart/form-data; boundary=")
+    )
 
 
-def _bad(rng: random.Random, port: int) -> bytes:
+def _bad(rng: random.Random, port: int) -> bytes:  # noqa: PLR0911  (a table of kinds)
     """Make one bad request."""
-    paths = ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/api/../../x", "/api/classify/..", "/\0", "/" + "a" * 70_000)
+    paths = (
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/api/../../x",
+        "/api/classify/..",
+        "/\0",
+        "/" + "a" * 70_000,
+    )
     match rng.choice(("photo", "large", "claims", "chunked", "form", "path", "head", "bytes", "host", "method", "kind")):
         case "photo":
-            return _post(port, photo(rng), extra=rng.choice(("", "Origin: http://evil.example\r\n", f"Origin: http://localhost:{port}\r\n")))
+            return _post(
+                port,
+                photo(rng),
+                extra=rng.choice(("", "Origin: http://evil.example\r\n", f"Origin: http://localhost:{port}\r\n")),
+            )
         case "large":
             return _post(port, bytes(rng.randint(300_001, 2_000_000)))
         case "claims":
@@ -108,12 +137,18 @@ def _bad(rng: random.Random, port: int) -> bytes:
         case "bytes":
             return rng.randbytes(rng.randint(1, 2000)) + b"\r\n\r\n"
         case "host":
-            return _post(port, GOOD).replace(b"localhost", rng.choice((b"evil.example", b"", b"localhost.evil", b"[::", b"\xff")))
+            return _post(port, GOOD).replace(
+                b"localhost", rng.choice((b"evil.example", b"", b"localhost.evil", b"[::", b"\xff"))
+            )
         case "method":
             method = rng.choice(("PUT", "DELETE", "TRACE", "CONNECT", "GET", "\x00", "POST" * 1000))
             return _post(port, GOOD).replace(b"POST", method.encode(), 1)
         case _:
-            return _post(port, GOOD, kind=rng.choice(("text/html", "image/../x", "", "application/json", "multipart/mixed", "x" * 60_000)))
+            return _post(
+                port,
+                GOOD,
+                kind=rng.choice(("text/html", "image/../x", "", "application/json", "multipart/mixed", "x" * 60_000)),
+            )
 
 
 def _status(answer: bytes) -> int | None:
@@ -141,7 +176,10 @@ def requests(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
                 status = _status(answer)
                 expect(status is None or status in (200, 503) or 400 <= status < 500, f"status {status} for {request[:300]!r}")
             good = _send(port, _post(port, GOOD))
-            expect(_status(good) == 200 and b'"probabilities"' in good, f"after {batch[0][:200]!r} a good photo gets {good[:300]!r}")
+            expect(
+                _status(good) == 200 and b'"probabilities"' in good,
+                f"after {batch[0][:200]!r} a good photo gets {good[:300]!r}",
+            )
             for _ in batch:
                 done += 1
                 yield
