@@ -4,12 +4,12 @@ BIN = .venv/bin
 export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor
 export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test bench bench-growth clean
+.PHONY: demo test torture bench bench-growth clean
 
 demo: .venv/ready  ## Train two small networks, write a report, classify real photographs
 	$(BIN)/resnet-cifar10 train settings/digits.toml --data digits --out runs/demo
 	photos=$$($(BIN)/python -c 'import skimage; print(skimage.data_dir)') && \
-	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32 --photo $$photos/chelsea.png \
+	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32-photos --photo $$photos/chelsea.png \
 		--photo $$photos/coffee.png --photo $$photos/astronaut.png --photo $$photos/rocket.jpg && \
 	$(BIN)/resnet-cifar10 infer $$photos/chelsea.png $$photos/coffee.png $$photos/astronaut.png $$photos/rocket.jpg \
 		--figure reports/demo/photos.png
@@ -19,6 +19,9 @@ test: .venv/ready  ## Style, types and behaviour; warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+torture: .venv/ready  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, an hour or more
+	$(BIN)/python -m torture --report reports/reliability.md $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))
 
 bench: .venv/ready  ## How fast it is here; DATA=folder measures on CIFAR-10 itself, under ten minutes on two cores
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA))

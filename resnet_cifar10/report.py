@@ -317,14 +317,16 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards,
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
-        "words": Markup(text_of_words), "limits": limits(rows, data),
+        "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
+        "limits": limits(rows, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
     settings: Any = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined,
                      "trim_blocks": True, "lstrip_blocks": True}  # fmt: skip
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
-    text = jinja2.Environment(finalize=markdown, **settings).get_template("report.md.j2").render(content)
+    markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
+    text = markdown_of.get_template("report.md.j2").render(content)
     pictures = [*overview, *(plot for _, plot in plots), *(card["picture"] for card in cards)]
     pictures += [content["differences"], *(section[key] for key in ("confusion", "mistakes_picture") if section)]
     for picture in filter(None, pictures):

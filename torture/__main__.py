@@ -158,15 +158,16 @@ def _report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float
 
 Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: scale {options.scale:g} (1 is the full form), seed
 {options.seed}, {seconds / 60:.0f} minutes, commit {facts["git_commit"][:12] or "unknown"}.
-{facts["processor"]}, one core of {facts["cores"]}, {platform.system()} {platform.release()}, Python {facts["python"]}; {versions}.
+{facts["processor"]}, one core of {facts["cores"]}, {platform.system()} {platform.release()}, Python {facts["python"]};
+{versions}.
 
 {chr(10).join(rows)}
 
 {"Failures:" if failures else "No failures."}
 {"".join(chr(10) + failure for failure in failures)}
 - The training that is killed: ResNet-8, {training.TRAIN_IMAGES} images of handwritten digits, {training.EPOCHS} epochs,
-  {first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the export,
-  with which a run takes {first.whole_seconds:.1f} s; the tenth exports it.
+  {first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the
+  export, with which a run takes {first.whole_seconds:.1f} s; the tenth exports it.
 - Identical: every file of the run folder has the same bytes; of `metrics.csv` and `result.json` all but the times. No other
   file is left.
 - SIGKILL ends a process, not the machine: what the kernel holds survives it. That a file is on the disk before it is renamed

@@ -244,8 +244,11 @@ def archive(rng: random.Random, folder: Path) -> tuple[Path, bool]:
 def bad_batch(rng: random.Random) -> bytes:
     """Choose one of the bad batches."""
     bad = rng.choice(list(BAD_BATCHES.values()))
-    if isinstance(bad, bytes):
-        return bad
+    return bad if isinstance(bad, bytes) else bad_batch_of(bad)
+
+
+def bad_batch_of(bad: dict[str, Any]) -> bytes:
+    """Pickle a batch with these things instead of the right ones."""
     images, labels = noise(10, 3)
     batch = {"data": images.reshape(10, 3072), "labels": labels} | bad
     return pickle.dumps({key: value for key, value in batch.items() if value is not None}, protocol=2)

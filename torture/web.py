@@ -101,7 +101,7 @@ def _form(rng: random.Random, files: int) -> tuple[bytes, str]:
     )
 
 
-def _bad(rng: random.Random, port: int) -> bytes:  # noqa: PLR0911  (a table of kinds)
+def _bad(rng: random.Random, port: int) -> bytes:
     """Make one bad request."""
     paths = (
         "/../../etc/passwd",

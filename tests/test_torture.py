@@ -1,0 +1,62 @@
+"""The short form of the torture suite, and that each of its rows can fail."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from resnet_cifar10 import sources
+from torture import inputs
+from torture.broken import BROKEN
+
+
+def torture(*arguments: str | Path, status: int = 0) -> str:
+    command = [sys.executable, "-m", "torture", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_short_form_finds_nothing_and_writes_its_table(tmp_path: Path) -> None:
+    torture("--scale", "0.05", "--report", tmp_path / "reliability.md")
+    report = (tmp_path / "reliability.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(BROKEN)
+    for what, _, asked, reached, failures, _, note in rows:
+        assert failures == "0", what
+        assert reached == asked or note.startswith("SKIPPED"), what
+    assert "No failures." in report
+
+
+def test_every_row_notices_a_product_that_is_broken_on_purpose() -> None:
+    printed = torture("--broken")
+    for row, variants in BROKEN.items():
+        for what, _ in variants:
+            assert re.search(rf"^{row}: {re.escape(what)}: (caught|SKIPPED) ", printed, re.MULTILINE), printed
+
+
+def test_a_failure_is_repeated_by_the_command_that_is_printed_with_it() -> None:
+    printed = torture("--only", "settings", "--seed", "3", "--batch", "7")
+    assert re.search(r"settings: .*: 250 of 250 reached, 0 failures", printed)
+
+
+@pytest.mark.parametrize("name", inputs.BAD_BATCHES)
+def test_a_bad_batch_is_refused(tmp_path: Path, name: str) -> None:
+    bad = inputs.BAD_BATCHES[name]
+    for file, content in inputs.good_batches().items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "test_batch").write_bytes(bad if isinstance(bad, bytes) else inputs.bad_batch_of(bad))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        sources.load(tmp_path, "test")
+
+
+@pytest.mark.parametrize("kind", ["rows", "dictionary"])
+def test_a_parquet_bomb_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs.training.GROUND, "folder", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(inputs.parquet_bomb(kind))
+    with pytest.raises(ValueError, match="allowed: at most" if kind == "rows" else "more than"):
+        sources.load(tmp_path / "data", "train")
