@@ -9,11 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 WIDTHS = (16, 32, 64)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
 MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
 GROUPS = 8  # of group normalisation (Wu & He 2018)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes of a run, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -26,9 +37,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         count = torch.tensor(x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
         dist.all_reduce(count)
-        mean: Tensor = all_reduce(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        mean: Tensor = _Sum.apply(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
         centred = x - mean[:, None, None]
-        variance: Tensor = all_reduce(centred.square().sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        variance: Tensor = _Sum.apply(centred.square().sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)

@@ -161,8 +161,8 @@ def processes(device: str) -> Iterator[int]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
     except RuntimeError as error:
@@ -170,7 +170,8 @@ def processes(device: str) -> Iterator[int]:
             raise
         raise TrainingFailed(f"another process of this run has ended: {error}") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager
