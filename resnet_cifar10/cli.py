@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
                   help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # the class above all wrong uses; typer exports only this child
-MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
+MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32, resnet32-photos)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
 FRAMEWORK_HELP = "pytorch or tensorflow."
@@ -96,7 +96,7 @@ def evaluate(
 @app.command()
 def infer(
     photo: Annotated[list[str], typer.Argument(help="Photos, folders of photos, or '-' for standard input.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
     figure: Annotated[Path | None, typer.Option(help="Draw the photos, their labels and where it looked (PNG).")] = None,
     explain: Annotated[Path | None, typer.Option(help="Draw where it looked, over the one photo (PNG).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
@@ -200,7 +200,7 @@ def export(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
     host: Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -117,6 +119,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
             for label in set(split.labels.tolist()):
                 class_means[label] = features[split.labels.to(device) == label].mean(0).cpu()
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
+        metrics[part]["mistakes"] = mistakes(logits / temperature, split)
         print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
     config = config | {
         "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": -1.0,
@@ -131,6 +134,19 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         save_model(folder, model, config | {"rejection_threshold": threshold})
     write_card(folder)
     return metrics
+
+
+def mistakes(logits: Tensor, split: Split, count: int = 12) -> list[dict[str, Any]]:
+    """Show the images that were most confidently taken for another class, each as a PNG in base64."""
+    probability, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != split.labels).nonzero().flatten()
+    shown = []
+    for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:count].tolist():
+        png = io.BytesIO()
+        Image.fromarray(split.images[index].numpy()).save(png, "PNG")
+        shown.append({"index": index, "label": split.classes[split.labels[index]], "predicted": split.classes[predicted[index]],
+                      "probability": float(probability[index]), "png": base64.b64encode(png.getvalue()).decode()})  # fmt: skip
+    return shown
 
 
 def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:

@@ -91,7 +91,7 @@ def seal(content: bytes) -> bytes:
 class Classifier:
     """The network of a model folder in ONNX Runtime."""
 
-    def __init__(self, model: str | Path = "resnet32") -> None:
+    def __init__(self, model: str | Path = "resnet32-photos") -> None:
         """Open the model.
 
         Raises:

@@ -28,6 +28,7 @@ WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "Si
          "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
          "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
+                 "photo": "framing, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
 SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.md", "LICENSE", "CONTRIBUTING.md",
            "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
@@ -195,11 +196,14 @@ def machine(row: Row) -> dict[str, str]:
         texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
         return " or ".join(dict.fromkeys(texts)) or "no epoch finished"
 
+    processes, parts = seen("world_size"), {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
+    statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
     marked = [f"seed {run.seed}, {run.result['not_bit_exact']}" for run in row.done if run.result.get("not_bit_exact")]
     return {
         "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
         "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none yet",
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
+        "Processes": processes + (statistics if processes != "1" else ""),
         "PyTorch, Python": seen("torch", "python"), "resnet-cifar10, git commit": seen("package", "git_commit"),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip

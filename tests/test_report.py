@@ -11,7 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -20,8 +20,9 @@ from conftest import CLASSES, ROOT, encoded, one_line
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from resnet_cifar10 import settings
 from resnet_cifar10.evaluate import wilson_interval
-from resnet_cifar10.report import pack, report
+from resnet_cifar10.report import AUGMENTATIONS, WORDS, pack, report
 from resnet_cifar10.results import welch
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import METRICS, read_metrics, write_json, write_metrics
@@ -306,6 +307,12 @@ def test_packing_refuses(tmp_path: Path, out_zip: str, folder: str, root: str, s
     with pytest.raises(ValueError, match=said):
         pack(tmp_path / out_zip, tmp_path / folder, tmp_path / root)
     assert not (tmp_path / out_zip).exists()
+
+
+def test_every_word_of_a_setting_has_its_words_in_the_report() -> None:
+    assert AUGMENTATIONS.keys() == {"none", *settings.AUGMENTATIONS}
+    for key in ("activation", "weight_init", "normalization"):
+        assert set(get_args(settings.Setting.model_fields[key].annotation)) <= WORDS.keys()
 
 
 RUN = Path("setting-1") / "seed-0"
