@@ -15,12 +15,12 @@ demo: .venv/ready  ## Train two small networks, write a report, classify real ph
 		--figure reports/demo/photos.png
 	@echo "Open reports/demo/report.html in a browser; the photographs are in reports/demo/photos.png."
 
-test: .venv/ready  ## Style, types and behaviour; warnings are errors
+test: .venv/full  ## Style, types and behaviour; warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-torture: .venv/ready  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, an hour or more
+torture: .venv/full  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, an hour or more
 	$(BIN)/python -m torture --report reports/reliability.md $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))
 
 bench: .venv/ready  ## How fast it is here; DATA=folder measures on CIFAR-10 itself, under ten minutes on two cores
@@ -31,7 +31,11 @@ bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and num
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve,ray,tensorflow,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve]'
+	touch $@
+
+.venv/full: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,tensorflow,dev]'
 	touch $@
 
 clean:
