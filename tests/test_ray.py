@@ -1,0 +1,163 @@
+"""A study on a real Ray cluster of two nodes; LONG=1 runs twelve runs instead of four."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resnet_cifar10.storage import read_metrics
+
+LONG = "LONG" in os.environ
+SEEDS = 6 if LONG else 2
+# One thread, as every task on Ray has; Ray's own settings reach the nodes and the command alike.
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(),
+}  # fmt: skip
+TABLE = f"""
+[defaults]
+model = "resnet8"
+batch_size = 128
+lr = 0.05
+epochs = {8 if LONG else 4}
+validation_size = 200
+precision = "float32"
+compile = false
+[[setting]]
+name = "Crops"
+[[setting]]
+name = "Photos"
+augmentation = "photo_flip"
+"""
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "resnet_cifar10", "train", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """Everything of a study that must not depend on where it ran: weights, metrics and results without times."""
+    found: dict[str, object] = {}
+    for result in sorted(out.glob("*/seed-*/result.json")):
+        folder, content = result.parent, json.loads(result.read_text())
+        del content["train_minutes"]
+        rows = [[value for key, value in row.items() if "seconds" not in key] for row in read_metrics(folder)]
+        files = ("last.safetensors", "best.safetensors", "model/model.safetensors", "model/model.onnx")
+        found[str(folder.relative_to(out))] = content, rows, *((folder / name).read_bytes() for name in files)
+    return found
+
+
+def kill_group(node: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
+    os.killpg(node.pid, number)
+    node.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Start two nodes with a processor each; every process of a node is in the node's own process group."""
+    ray = Path(sys.executable).with_name("ray")
+    small = ["--num-cpus", "1", "--object-store-memory", "80000000", "--disable-usage-stats", "--block"]
+    folder = tmp_path_factory.mktemp("r", numbered=True)
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        line = [ray, "start", *small, *arguments]
+        with open(folder / f"{len(started)}.log", "wb") as log:
+            return subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True)
+
+    started: list[subprocess.Popen[bytes]] = []
+    started.append(start("--head", "--port", "0", "--include-dashboard", "false", "--temp-dir", str(folder)))
+    try:
+        while not (found := re.search(r"--address='([^']+)'", (folder / "0.log").read_text())):
+            assert started[0].poll() is None, (folder / "0.log").read_text()
+            time.sleep(0.2)
+        started.append(start("--address", found[1], "--temp-dir", str(folder)))
+        while "Ray runtime started" not in (folder / "1.log").read_text():
+            assert started[1].poll() is None, (folder / "1.log").read_text()
+            time.sleep(0.2)
+        yield found[1], started
+    finally:
+        for node in reversed(started):
+            if node.poll() is None:
+                kill_group(node)
+
+
+def start(settings: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(command(settings, "--data", "digits", "--out", out, "--seeds", str(SEEDS), *arguments),
+                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def working(out: Path, process: subprocess.Popen[str]) -> dict[int, Path]:
+    """Wait until two runs have an epoch behind them and go on; give the process and the folder of each."""
+    while process.poll() is None:
+        found = {int(lock.read_text().split()[1]): lock.parent for lock in out.glob("*/*/.lock") if lock.read_text()}
+        alive = {pid: folder for pid, folder in found.items() if Path(f"/proc/{pid}").exists()}
+        if len(alive) == 2 and all((folder / "metrics.csv").exists() for folder in alive.values()):
+            return alive
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
+    tmp_path: Path, nodes: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    (address, started), settings = nodes, tmp_path / "table.toml"
+    settings.write_text(TABLE)
+    run(settings, "--data", "digits", "--out", tmp_path / "here", "--seeds", str(SEEDS))
+
+    process = start(settings, tmp_path / "ray", "--ray", address)
+    working(tmp_path / "ray", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "the same command again goes on" in errors
+
+    process = start(settings, tmp_path / "ray", "--ray", address)
+    alive = working(tmp_path / "ray", process)
+    before = {folder: read_metrics(folder) for folder in alive.values()}
+    by_head = {parent(parent(pid)) == started[0].pid: pid for pid in alive}
+    os.kill(by_head[True], signal.SIGKILL)  # the worker of one node, and of the other the node itself
+    os.kill(parent(by_head[False]), signal.SIGKILL)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output + errors
+    assert output.count(": done") == 2 * SEEDS
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
+    assert len(outcome(tmp_path / "ray")) == 2 * SEEDS
+    for folder, rows in before.items():  # with their times: no whole epoch was done again
+        assert read_metrics(folder)[: len(rows)] == rows
+        assert json.loads((folder / "result.json").read_text())["not_bit_exact"] == ""
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").glob("*/*/*.safetensors")}
+    again = run(settings, "--data", "digits", "--out", tmp_path / "ray", "--seeds", str(SEEDS), "--ray")
+    assert f"{2 * SEEDS} are done" in again.stdout
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [
+    (("--ray", "127.0.0.1:1"), "'127.0.0.1:1', where no cluster answers"), (("--ray", "nonsense"), "HOST:PORT"),
+    (("--ray", "--cpus", "1000"), "--cpus"), (("--seed", "1", "--seeds", "2"), "--seeds"),
+])  # fmt: skip
+def test_wrong_options_write_nothing(tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
+    (tmp_path / "table.toml").write_text(TABLE)
+    refused = run(tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", *arguments, status=2)
+    assert problem in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
