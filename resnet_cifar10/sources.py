@@ -209,6 +209,8 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
                 labels += part.column("label").to_pylist()
             features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
             names = tuple(features.get("label", {}).get("names") or names)
+            if len(names) < 2 or not all(isinstance(name, str) for name in names):
+                raise ValueError("its class names are not two or more texts")
         except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {reason}") from None
