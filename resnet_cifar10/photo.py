@@ -78,10 +78,13 @@ def reduced(image: Image.Image, box: tuple[float, float, float, float], size: in
 
 
 def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
-    """Choose the parts of a photo that the network sees, as left, top, right, bottom: the whole and a closer square."""
+    """Choose the parts of a photo that the network sees, as left, top, right, bottom, in pixels: most of it, a closer square.
+
+    Chosen with benchmarks/framing.py among the whole, its squares and closer ones of both; the table is in docs/photos.md.
+    """
     side = 0.75 * min(width, height)
-    x, y = (width - side) / 2, (height - side) / 2
-    return [(0, 0, width, height), (x, y, x + side, y + side)]
+    return [((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+            for w, h in ((0.85 * width, 0.85 * height), (side, side))]  # fmt: skip
 
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
