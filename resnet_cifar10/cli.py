@@ -241,6 +241,8 @@ def main() -> None:
     sys.argv = ["--ray=local" if (a, b[:1]) == ("--ray", "-") else a for a, b in zip(sys.argv, after, strict=True)]
     try:
         status: Any = app(standalone_mode=False)
+        if status == 130:  # what typer makes of Ctrl-C
+            _fail("stopped", 130)
     except USAGE_ERROR as error:
         _fail(error.format_message(), 2)  # type: ignore[attr-defined]
     except ValueError as error:
