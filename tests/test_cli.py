@@ -66,10 +66,11 @@ def test_a_changed_weight_is_noticed(digits_run: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, tmp_path: Path) -> None:
     config = json.loads((digits_run / "model" / "config.json").read_text())
-    config["architecture"]["classes"] = 11
-    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((digits_run / "model" / "model.safetensors").read_bytes())
-    assert "linear.bias" in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
+    for key, value, said in (("depth", 14, "tensor 'blocks."), ("classes", 11, "10 classes, but the network gives 11")):
+        changed = config | {"architecture": config["architecture"] | {key: value}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        assert said in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
