@@ -114,6 +114,8 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
         report = _report(outcomes, options, time.monotonic() - started)
         if options.report:
             options.report.write_text(report)
+        if outcomes[-1].stopped:
+            break
     if console.is_terminal:
         console.print(_table(outcomes))
     else:
@@ -129,6 +131,8 @@ def _line(outcome: Outcome) -> str:
 def _notes(outcome: Outcome) -> str:
     if outcome.skipped:
         return f"SKIPPED: {outcome.skipped}"
+    if outcome.stopped:
+        return "stopped by Ctrl-C"
     return f"peak {outcome.peak_mb:.0f} MB of {outcome.row.memory_mb}" if outcome.row.memory_mb else ""
 
 

@@ -73,6 +73,7 @@ class Outcome:
     seconds: float = 0.0
     peak_mb: float = 0.0
     skipped: str = ""
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,18 @@ class Command:
 
 def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
         progress: Callable[[Outcome], None] = lambda outcome: None, stop_at_failure: bool = False) -> Outcome:  # fmt: skip
-    """Run `count` trials of a row, or only one of its batches."""
-    outcome, started = Outcome(row, count), time.monotonic()
+    """Run `count` trials of a row, or only one of its batches; Ctrl-C stops it with what was reached."""
+    outcome = Outcome(row, count)
+    try:
+        _run(outcome, seed, work, only, progress, stop_at_failure)
+    except KeyboardInterrupt:
+        outcome.stopped = True
+    return outcome
+
+
+def _run(outcome: Outcome, seed: int, work: Path, only: int | None, progress: Callable[[Outcome], None],
+         stop_at_failure: bool) -> None:  # fmt: skip
+    row, count, started = outcome.row, outcome.asked, time.monotonic()
     batches = range(-(-count // row.batch)) if only is None else [only]
     for number in batches:
         asked = min(row.batch, count - number * row.batch) if only is None else row.batch
@@ -172,7 +183,6 @@ def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
         shutil.rmtree(folder, ignore_errors=True)
         if outcome.skipped or (outcome.failures and stop_at_failure):
             break
-    return outcome
 
 
 def _batch(row: Row, seed: str, count: int, folder: Path) -> Iterator[tuple[str, float]]:

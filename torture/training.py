@@ -28,7 +28,7 @@ from resnet_cifar10 import storage
 from resnet_cifar10.export import export
 from resnet_cifar10.sources import load
 
-from .harness import Command, Ended, Failed, Skipped, expect
+from .harness import HANG_SECONDS, Command, Ended, Failed, Skipped, expect
 
 EPOCHS = 4
 TABLE = f"""
@@ -98,7 +98,7 @@ class Ground:
 
     def finish(self, out: Path, *words: str, real_export: bool = False) -> Ended:
         """Run the same command again, to its end: it must bring the same bytes, and say aloud just what it should."""
-        ended = self.train(out, real_export=real_export).end()
+        ended = self.train(out, real_export=real_export).end(HANG_SECONDS * (3 if real_export else 1))  # a busy machine
         expect(ended.status == 0, f"it does not go on: exit status {ended.status}: {ended.err[-3000:]}")
         for word in words:
             expect(word in ended.out, f"{word!r} is not said in {ended.out[-3000:]!r}")
