@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from resnet_cifar10.export import export, framed, rejection_threshold
@@ -187,16 +188,19 @@ def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image
     assert "none of these 3 (most like: " in output
 
 
-def test_the_five_lines_of_the_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
-    lines = (BUILT_IN / "resnet32" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32" / "model.onnx").read_bytes())
+def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32-photos" / "model.onnx").read_bytes())
     (tmp_path / "resnet_cifar10.py").write_text("raise ImportError('this package must not be needed')")
-    photo.save(tmp_path / "photo.jpg", quality=95)
-    done = subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=True)
-    classes, probabilities = done.stdout.split("[array(")
-    assert classes.count("'") == 20
+    photo.save(tmp_path / "photo.jpg")
+    classifier = Classifier("resnet32-photos")
     with Image.open(tmp_path / "photo.jpg") as image:
-        expected = Classifier().probabilities(np.asarray(image.resize((32, 32), Image.Resampling.BOX))[None])[0]
+        expected = classifier.probabilities(np.asarray(image.resize((32, 32), Image.Resampling.BOX))[None])[0]
+    readme, card = (file.read_text().partition("```python\n")[2].partition("```")[0]
+                    for file in (ROOT / "README.md", BUILT_IN / "resnet32-photos" / "README.md"))  # fmt: skip
+    said, listed = (subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True) for lines in (readme, card))
+    assert said.strip() == classifier.classes[expected.argmax()]
+    classes, _, probabilities = listed.partition("[array(")
+    assert classes.strip() == str(classifier.classes)
     numbers = [float(number) for number in re.findall(r"\d\.[\de.+-]+", probabilities)]
     assert numbers == pytest.approx(expected.tolist(), abs=1e-4)
 
