@@ -119,6 +119,7 @@ class Command:
             return
         status = 99
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
             sys.stdout, sys.stderr = open(f"{log}.out", "w"), open(f"{log}.err", "w")  # noqa: SIM115  (until the child ends)
             sys.argv = ["resnet-cifar10", *map(str, arguments)]
             prepare()
