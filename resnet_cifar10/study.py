@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .data import Split, hold_out
 from .evaluate import Forward
@@ -159,10 +161,17 @@ def processes(device: str) -> Iterator[int]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
         return
+    facts = [os.environ[key] for key in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE")]
+    if facts[0] == "True" and facts[1] != "0" and facts[2] != "1":  # each host counts its own restarts
+        raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1, "
+                         "or restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # it outlives a restart, with the addresses of the dead
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
     except RuntimeError as error:
