@@ -113,7 +113,8 @@ class Classifier:
             if end.startswith(SEAL) and content != seal(body):
                 raise ValueError("damaged: its SHA-256 does not match")
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-            shape = self.probabilities(np.zeros((1, SIZE, SIZE, 3), np.uint8)).shape
+            blank = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+            shape = self.session.run(["probabilities", "membership"], {"images": blank})[0].shape
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise ValueError(f"{file}: not an ONNX model: {' '.join(str(error).split())[:120]}") from None
         if shape != (1, len(self.classes)):

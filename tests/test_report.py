@@ -73,10 +73,13 @@ def write_tiny_model(folder: Path) -> None:
         [helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
          helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
          helper.make_node("Mul", ["mean", "scale"], ["logits"]),
-         helper.make_node("Softmax", ["logits"], ["probabilities"])],
+         helper.make_node("Softmax", ["logits"], ["probabilities"]),
+         helper.make_node("ReduceMax", ["probabilities", "last"], ["membership"], keepdims=0)],
         "tiny", [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3])],
-        [numpy_helper.from_array(np.array([1, 2]), "axes"), numpy_helper.from_array(np.array(0.02, np.float32), "scale")],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3]),
+         helper.make_tensor_value_info("membership", TensorProto.FLOAT, ["N"])],
+        [numpy_helper.from_array(np.array([1]), "last"), numpy_helper.from_array(np.array([1, 2]), "axes"),
+         numpy_helper.from_array(np.array(0.02, np.float32), "scale")],
     )  # fmt: skip
     folder.mkdir(parents=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), folder / "model.onnx")
