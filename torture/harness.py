@@ -181,6 +181,8 @@ def _run(outcome: Outcome, seed: int, work: Path, only: int | None, progress: Ca
                 outcome.failures.append(f"{text}; again: python -m torture --only {row.key} --seed {seed} --batch {number}")
             outcome.seconds = time.monotonic() - started
             progress(outcome)
+            if outcome.failures and stop_at_failure:
+                break  # which ends the child
         shutil.rmtree(folder, ignore_errors=True)
         if outcome.skipped or (outcome.failures and stop_at_failure):
             break
