@@ -1,7 +1,7 @@
 """The web page and its JSON interface: photos in, predictions out, nothing stored, nothing fetched from the network.
 
-Photos are decoded in processes of their own, because nothing else can stop a decoder: a JPEG of 350 KB, made of hundreds
-of scans, keeps libjpeg busy for minutes.
+Photos are decoded in processes of their own, because nothing else can stop a decoder that a file keeps busy, or survive one
+that a file crashes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from .photo import read_photo, views
 
 UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive
 FILES = 20  # of one request
-SECONDS = 20.0  # to receive a request, to wait for a worker, and for each photo
+SECONDS = 20.0  # to receive a request, and to wait for a worker
+PHOTO_SECONDS = 20.0  # of processor time, for each photo
 WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels: 1.4 GB while it is read
 IN_FLIGHT = 40  # requests that are received, waiting or worked on; more are told to come back
 COME_BACK = {"Retry-After": "1"}  # seconds
@@ -77,9 +78,9 @@ def _work(pipe: Connection, model: str, seconds: float) -> None:
             explain, content = bool(pipe.recv_bytes()), pipe.recv_bytes()
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         answer = _answer(classifier, content, explain)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send_bytes(json.dumps(answer).encode())
 
 
@@ -93,7 +94,7 @@ class _Worker:
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy the server's threads and sockets
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.model, SECONDS), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.model, PHOTO_SECONDS), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -107,8 +108,9 @@ class _Worker:
             return json.loads(self.pipe.recv_bytes())  # type: ignore[no-any-return]
         except (EOFError, OSError):  # the process has ended
             self.process.join()
-            slow = self.process.exitcode == -signal.SIGALRM
-            return {"error": f"takes longer than {SECONDS:g} seconds to read" if slow else "damaged: it crashed its decoder"}
+            slow = self.process.exitcode == -signal.SIGPROF
+            too_slow = f"takes longer than {PHOTO_SECONDS:g} seconds to read"
+            return {"error": too_slow if slow else "damaged: it crashed its decoder"}
 
 
 class _Upload(Request):
