@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from resnet_cifar10.data import Split, batches
+from resnet_cifar10.storage import read_metrics
 
 LONG = "LONG" in os.environ
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+SEVERAL_HOSTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 EPOCHS = 3
 TABLE = f"""
 [[setting]]
@@ -35,12 +37,12 @@ compile = false
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
 
 
-def start(out: Path, *launcher: str, epochs: int = EPOCHS) -> subprocess.Popen[str]:
+def start(out: Path, *launcher: str, epochs: int = EPOCHS, **environment: str) -> subprocess.Popen[str]:
     (out.parent / "table.toml").write_text(TABLE)
     return subprocess.Popen(
         [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out),
          "--epochs", str(epochs)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -83,10 +85,10 @@ def outcome(folder: Path) -> object:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run of two processes, and the seconds that it took."""
-    out, started = tmp_path_factory.mktemp("undisturbed") / "runs", time.monotonic()
-    return end(launch(out, 2), out), time.monotonic() - started
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "runs"
+    return end(launch(out, 2), out)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -105,10 +107,8 @@ def test_each_image_is_seen_once_an_epoch_in_the_batch_of_a_single_process(n: in
     assert whole == [sorted(batch) for batch in seen(0, 1)]
 
 
-def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(
-    tmp_path: Path, undisturbed: tuple[Path, float]
-) -> None:
-    two = rows(undisturbed[0])[0]
+def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(tmp_path: Path, undisturbed: Path) -> None:
+    two = rows(undisturbed)[0]
     for n in (1, 4):
         out = tmp_path / str(n)
         (other,) = rows(end(launch(out, n, epochs=1), out))
@@ -120,40 +120,41 @@ def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.parametrize("number", range(10 if LONG else 1))
-def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(
-    tmp_path: Path, undisturbed: tuple[Path, float], number: int
-) -> None:
-    folder, seconds = undisturbed
-    out = tmp_path / "runs"
+def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(tmp_path: Path, undisturbed: Path, number: int) -> None:
+    out, chance = tmp_path / "runs", random.Random(number)
+    metrics = out / "shared" / "seed-0" / "metrics.csv"
+    epoch_seconds = read_metrics(undisturbed)[-1]["train_seconds"]
     process = launch(out, 2)
     while not (victim := processes_of(out, rank=1)):
         time.sleep(0.1)
-    moment = random.Random(number).uniform(0.1, 0.8) * seconds  # from reading the data to the last epoch
-    time.sleep(moment)
+    if number % 2 == 0:  # in the second or third epoch, else while it starts or in the first
+        while not metrics.exists():
+            time.sleep(0.05)
+    time.sleep(chance.uniform(0, 1.2) * epoch_seconds)
     os.kill(victim[0], signal.SIGKILL)
-    killed = time.monotonic()
+    killed, epochs = time.monotonic(), len(read_metrics(metrics.parent)) if metrics.exists() else 0
     while not (set(processes_of(out, rank=1)) - set(victim)):
         assert time.monotonic() - killed < 60, "it hangs"
         time.sleep(0.1)
-    print(f"killed after {moment:.1f} s, restarted after {time.monotonic() - killed:.1f} s more")
-    assert outcome(end(process, out)) == outcome(folder)
+    print(f"killed after {epochs} epochs, restarted after {time.monotonic() - killed:.1f} s")
+    assert outcome(end(process, out)) == outcome(undisturbed)
 
 
 @pytest.mark.skipif(not LONG, reason="takes a minute; LONG=1 runs it")
-def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, undisturbed: tuple[Path, float]) -> None:
+def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, undisturbed: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     host = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
             "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]  # fmt: skip
     out = tmp_path / "runs"
-    first = start(out, *host)
+    first = start(out, *host, **SEVERAL_HOSTS)
     time.sleep(2)  # so that this one has rank 0 and the rendezvous
-    second = start(out, *host)
+    second = start(out, *host, **SEVERAL_HOSTS)
     while not (out / "shared/seed-0/metrics.csv").exists():
         time.sleep(0.1)
     for pid in [second.pid, *processes_of(out, rank=1)]:
         os.kill(pid, signal.SIGKILL)
     second.communicate()
-    second = start(out, *host)
+    second = start(out, *host, **SEVERAL_HOSTS)
     second.communicate(timeout=600)
-    assert outcome(end(first, out)) == outcome(undisturbed[0])
+    assert outcome(end(first, out)) == outcome(undisturbed)
