@@ -50,7 +50,7 @@ ROWS = [
     Row("refuse", "non-finite loss, optimizer state missing, foreign run folder and the like",
         "stops or refuses with the reason", CASES, training.cannot_go_on, batch=CASES, least=CASES),
     Row("settings", "settings mutated (typo, type, range, NaN, duplicate, encoding, huge) with hypothesis",
-        "line naming file and key, status 2, nothing written", 5000, inputs.settings, batch=250),
+        "line naming file and key, status 2, nothing written", 5000, inputs.settings, batch=50),
     Row("data", "data archives truncated, bit-flipped, bombs, links and `..` members, wrong labels, shapes, missing classes",
         "clear error or right data; nothing written; memory bounded", 2000, inputs.data, batch=100, memory_mb=1500),
     Row("payload", "pickles with payloads in CIFAR batches, checkpoints and models, renamed to `.pt`/`.safetensors`",

@@ -153,7 +153,7 @@ class Command:
 def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
         progress: Callable[[Outcome], None] = lambda outcome: None, stop_at_failure: bool = False) -> Outcome:  # fmt: skip
     """Run `count` trials of a row, or only one of its batches; Ctrl-C stops it with what was reached."""
-    outcome = Outcome(row, count)
+    outcome = Outcome(row, count if only is None else row.batch)
     try:
         _run(outcome, seed, work, only, progress, stop_at_failure)
     except KeyboardInterrupt:
