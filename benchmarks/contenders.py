@@ -7,10 +7,8 @@ import os
 import random
 import resource
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -26,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 import resnet_cifar10.train
 from resnet_cifar10 import storage
 from resnet_cifar10.data import Split, batches, hold_out, mean_and_std, normalise
-from resnet_cifar10.evaluate import accuracy, evaluate_model
+from resnet_cifar10.evaluate import accuracy
 from resnet_cifar10.infer import BUILT_IN, onnx_runtime, read_config
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.sources import load
+from resnet_cifar10.study import evaluate_model
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics], None]  # hands over what was measured and waits for the next turn
@@ -99,9 +98,8 @@ def train(split: Split, depth: int, device: str, precision: str, compiled: bool,
     """Run the package's own training loop; after each epoch its seconds are handed over."""
     setting = Setting(name="benchmark", model=f"resnet{depth}", batch_size=batch_size, epochs=epochs, validation_size=0)
     nothing = split.subset(torch.arange(0))
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence, redirect_stdout(silence), \
-            patch.object(storage, "write_metrics", lambda _, rows: after_epoch(rows[-1]["train_seconds"])):  # fmt: skip
-        resnet_cifar10.train.train(setting, 0, split, nothing, Path(folder), device, precision, compiled)
+    for metrics, _ in resnet_cifar10.train.train(setting, 0, split, nothing, device, precision, compiled):
+        after_epoch(metrics["train_seconds"])
 
 
 def ours(split: Split, depth: int, device: str, precision: str, compiled: bool, report: Report) -> None:

@@ -69,15 +69,14 @@ def evaluate(
 ) -> None:
     """Evaluate a model on the test split of a data set."""
     _need("train")
-    from .evaluate import evaluate_model
     from .sources import load
-    from .study import choose
+    from .study import choose, evaluate_model
 
-    forward = choose(framework).forward
+    choose(framework)  # before minutes of reading
     test = load(data, "test", os.cpu_count() or 1)
     if test is None:
         raise ValueError(f"{data}: has no test split")
-    metrics = evaluate_model(model, test, forward=forward) | {"framework": framework}
+    metrics = evaluate_model(model, test, framework=framework)
     if as_json:
         print(json.dumps(metrics))
         return

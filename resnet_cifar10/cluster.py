@@ -22,11 +22,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
-from .storage import read_json, read_metrics
-from .study import Run, claim, locked, run, run_folders
-from .train import Interrupted, TrainingFailed, stop_signals
+from .storage import read_json
+from .study import Interrupted, Run, claim, run, run_folders, stop_signals
+from .train import TrainingFailed
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
 REFRESH_SECONDS = 2

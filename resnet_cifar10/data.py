@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .infer import SIZE
@@ -18,6 +16,7 @@ from .infer import SIZE
 CROP_PADDING = 4  # pixels on each side before the random crop (He et al. 2015, section 4.2)
 CUTOUT_SIZE = 8  # side of the erased square; DeVries & Taylor 2017 take 16 for wider networks and longer runs
 MIXUP_ALPHA = 0.2  # Zhang et al. 2018, section 3.1
+Distortion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,38 +83,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def photo_like(images: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
-    """Do to images uint8 [B, 32, 32, 3] what photos do: framing, focus, light, noise and compression.
-
-    Every strength is drawn from uniform [B, 14], 0..1; noise is standard normal [B, 3, 32, 32].
-    """
-    u = (2 * uniform - 1)[..., None, None]  # -1..1
-    zoom, aspect, angle, *shift = u[:, :5, 0, 0].unbind(1)
-    width, height = (0.4 * zoom + 0.15 * aspect).exp(), (0.4 * zoom - 0.15 * aspect).exp()  # 0.58 to 1.73 of the picture
-    cos, sin = (0.2 * angle).cos(), (0.2 * angle).sin()  # up to 11 degrees
-    rows = [width * cos, -height * sin, 0.25 * shift[0]], [width * sin, height * cos, 0.25 * shift[1]]
-    grid = F.affine_grid(torch.stack([torch.stack(row, 1) for row in rows], 1), [len(images), 3, SIZE, SIZE], False)
-    x = F.grid_sample(images.permute(0, 3, 1, 2) / 255, grid, padding_mode="reflection", align_corners=False)
-    x = x + 0.8 * u[:, 5:6] * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))  # from blurred to sharpened
-    grey, middle = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
-    x = (grey + (1 + 0.5 * u[:, 6:7]) * (x - grey)) * (1 + 0.1 * u[:, 7:10])  # saturation and white balance
-    x = (x - middle) * (0.25 * u[:, 10:11]).exp() + middle + 0.12 * u[:, 11:12]  # contrast and brightness
-    x = x + 0.04 * uniform[:, 12, None, None, None] * noise
-    return (255 * _jpeg(x, 1.5 * uniform[:, 13] ** 2)).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _jpeg(x: Tensor, coarseness: Tensor) -> Tensor:
-    """Round the 8x8 cosine coefficients of [B, 3, 32, 32] in 0..1, as JPEG does at quality 50 for a coarseness [B] of 1."""
-    k = torch.arange(8, device=x.device)
-    cosine = ((2 * k + 1) * k[:, None] * math.pi / 16).cos() * torch.where(k == 0, 1 / 8, 1 / 4).sqrt()[:, None]
-    step = (12 + 6 * (k[:, None] + k)) / 255 * coarseness.clamp(min=0.02).view(-1, 1, 1, 1, 1, 1)  # close to Annex K's
-    blocks = x.reshape(-1, 3, 4, 8, 4, 8).transpose(3, 4)  # [B, 3, 4, 4, 8, 8]
-    rounded = (cosine @ blocks @ cosine.T / step).round() * step
-    return (cosine.T @ rounded @ cosine).transpose(3, 4).reshape(x.shape)
-
-
-def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int,
-            fill: Tensor, rank: int = 0, processes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int, fill: Tensor, rank: int = 0,
+            processes: int = 1, photo_like: Distortion | None = None) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
 
     Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator.
@@ -130,6 +99,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         fill: uint8 [3], the colour of the padding: the mean, which normalisation makes zero.
         rank: Of this process among those that share the batches.
         processes: Their number; each gets every so many-th image of a batch.
+        photo_like: What "photo" does to images uint8 [B, 32, 32, 3], given uniform [B, 14] and normal [B, 3, 32, 32] numbers.
 
     Yields:
         images uint8 [B, 32, 32, 3] and the class probabilities to learn, float32 [B, classes].
@@ -168,6 +138,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         if "photo" in parts:
             half = images[::2]
             noise = torch.randn(len(half), 3, SIZE, SIZE, generator=rng).to(device)
+            assert photo_like is not None
             images[::2] = photo_like(half, uniform[start : start + len(half)].to(device), noise)
         if "mixup" in parts:  # with the same batch in reverse order
             images = (share[start] * images + (1 - share[start]) * images.flip(0)).round().to(torch.uint8)

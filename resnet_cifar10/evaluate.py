@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from .data import Split, normalise
-from .storage import load_model
+from .data import normalise
 
 Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logits [N, classes]
 ECE_BINS = 15  # Guo et al. 2017, section 2
@@ -97,30 +94,3 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
         },
         "confusion": counts.tolist(),
     }
-
-
-def evaluate_model(model: str | Path, test: Split, device: str = "cpu",
-                   forward: Callable[..., Forward] = lambda network, _: network) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a model folder on a test split, with the model's own mean, std and temperature.
-
-    Args:
-        model: A model folder, a finished run folder or a built-in name.
-        test: The images.
-        device: "cpu" or "cuda".
-        forward: Maps the network and the arguments that it was built with to what computes its logits.
-
-    Raises:
-        ValueError: If the model cannot be read, or its class names are not those of the data.
-
-    """
-    network, config = load_model(model)
-    if list(test.classes) != config["classes"]:
-        ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
-        raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    title = f"evaluating {len(test):,} images"
-    print(title, file=sys.stderr, flush=True)
-    compute = forward(network, config["architecture"])
-    logits = predict(compute, test.images.to(device), config["mean"], config["std"], title=title).cpu()
-    metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
-    return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256}

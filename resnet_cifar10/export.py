@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
 
 
 def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
-           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
+           device: str = "cpu", after_part: Callable[[], None] = lambda: None) -> dict[str, Any]:  # fmt: skip
     """Find temperature, class means and rejection threshold on validation, read the test split, write the model folder.
+
+    What after_part raises between the parts of this work ends it; it can be done again.
 
     The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
 
@@ -121,6 +124,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
         metrics[part]["mistakes"] = mistakes(logits / temperature, split)
         print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
+        after_part()
     config = config | {
         "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": -1.0,
         "class_means": [[round(value, 6) for value in row] for row in class_means.tolist()],
@@ -129,6 +133,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     }  # fmt: skip
     save_model(folder, model, config)
     export(folder, folder / "model.onnx")
+    after_part()
     if len(validation):
         threshold = rejection_threshold(Classifier(folder), validation.images.numpy())
         save_model(folder, model, config | {"rejection_threshold": threshold})

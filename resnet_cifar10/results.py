@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from .run_folder import read_metrics
 from .settings import Setting
-from .storage import read_json, read_metrics
+from .storage import read_json
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
-"""Run folders and model folders: written atomically, checked when read, no pickle anywhere."""
+"""Files and model folders: written atomically, checked when read, no pickle anywhere."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +18,6 @@ from torch import Tensor
 from .infer import model_folder, read_config
 from .model import ResNet
 
-ROOM = 16  # times the weights: three checkpoints of up to four (weights, best, two of Adam), and the files of the model
-LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
-METRICS = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr",
-           "train_seconds", "validation_seconds")  # fmt: skip
 Tensors = dict[str, Tensor]
 
 
@@ -107,7 +100,7 @@ def _sha256(tensors: Tensors, state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def check_tensors(file: Path, wanted: Mapping[str, Sequence[int]], tensors: Tensors) -> None:
+def check_tensors(where: str | Path, wanted: Mapping[str, Sequence[int]], tensors: Tensors) -> None:
     """Make sure that a file holds the tensors of these names and shapes, and no other.
 
     Raises:
@@ -118,87 +111,7 @@ def check_tensors(file: Path, wanted: Mapping[str, Sequence[int]], tensors: Tens
     for name in sorted(wanted.keys() | found.keys()):
         there, needed = found.get(name, "none"), tuple(wanted[name]) if name in wanted else "none"
         if there != needed:
-            raise ValueError(f"{file}: tensor '{name}': found {there}, the network has {needed}")
-
-
-# --- the run folder ---
-
-
-def check_room(folder: Path, parameters: int) -> None:
-    """Make sure that a network of so many parameters can be saved into a folder, before hours go into its training.
-
-    Raises:
-        ValueError: Naming the folder, what was found and what is needed.
-
-    """
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there}: is a file; --out needs a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there}: cannot be written; --out needs a folder that can")
-    free, needed = shutil.disk_usage(there).free, ROOM * 4 * parameters
-    if free < needed:
-        raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")
-
-
-def save_checkpoint(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
-    """Write the newest checkpoint; the one before it is kept."""
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    write_tensors(folder / LAST, tensors, state)
-
-
-def load_checkpoint(folder: Path) -> tuple[Tensors, dict[str, Any], str] | None:
-    """Read the newest undamaged checkpoint of a run.
-
-    Returns:
-        Tensors, state and what a user must hear of ("" if nothing), or None for a run that has none yet.
-
-    Raises:
-        ValueError: If there are checkpoints, but all are damaged.
-
-    """
-    problems = []
-    for file in (folder / LAST, folder / PREVIOUS):
-        if not file.exists():
-            continue
-        try:
-            tensors, state = read_tensors(file)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            (folder / LAST).unlink()  # else it would become the one that is kept
-        return tensors, state, "".join(f"{problem}; going on from {file.name}" for problem in problems)
-    if problems:
-        raise ValueError(f"{'; '.join(problems)}; remove {folder} to start this run anew")
-    return None
-
-
-def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write metrics.csv whole, so that it never holds a torn row or a row twice."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(folder / "metrics.csv", text.getvalue())
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read metrics.csv; a value that was not measured is None.
-
-    Raises:
-        ValueError: Naming the file and the reason.
-
-    """
-    file = folder / "metrics.csv"
-    try:
-        with open(file, newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        return [{key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS}
-                for row in rows]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{file}: not the metrics of a run: {error}") from None
+            raise ValueError(f"{where}: tensor '{name}': found {there}, the network has {needed}")
 
 
 # --- the model folder ---

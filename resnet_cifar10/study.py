@@ -1,10 +1,10 @@
-"""Settings x seeds: run what is not done yet."""
+"""Settings x seeds: run what is not done yet, each into its run folder."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import platform
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -13,23 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .data import Split, hold_out
-from .evaluate import Forward
+from .data import Split, hold_out, mean_and_std
+from .evaluate import Forward, evaluate, predict
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
 from .model import ResNet, parameter_count
+from .photo_like import photo_like
+from .run_folder import best_weights, check_room, locked, resume, save, save_best
 from .settings import Setting
 from .sources import load
-from .storage import Tensors, check_room, load_model, read_json, write_json
-from .train import TrainingFailed
+from .storage import Tensors, load_model, read_json, write_json
+from .train import Checkpoint, TrainingFailed
 from .train import train as train_in_pytorch
 
 Reader = Callable[[str], Split | None]
 Run = tuple[Setting, int, Path]  # a setting, a seed and their folder
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended the training; the run folder holds everything up to the last whole epoch."""
 
 
 def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto",
@@ -72,8 +80,9 @@ class Framework:
     """All that depends on the framework."""
 
     resolve: Callable[[Setting, str], tuple[str, bool]]  # setting and device to precision and whether to compile
-    train: Callable[..., tuple[ResNet, dict[str, Any], dict[str, Any]]]  # train.train, or what does the same
+    train: Callable[..., Iterator[tuple[dict[str, Any], Checkpoint]]]  # train.train, or what does the same
     forward: Callable[[ResNet, dict[str, Any]], Forward]  # network and its arguments to what computes its logits
+    versions: dict[str, str]  # of what it needs besides PyTorch
 
 
 def choose(framework: str) -> Framework:
@@ -86,10 +95,10 @@ def choose(framework: str) -> Framework:
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
 
-        return Framework(twin.resolve, twin.train, twin.forward)
+        return Framework(twin.resolve, twin.train, twin.forward, twin.VERSIONS)
     if framework != "pytorch":
         raise ValueError(f"--framework: found {framework!r}; allowed: pytorch, tensorflow")
-    return Framework(_resolve, train_in_pytorch, lambda network, _: network)
+    return Framework(_resolve, train_in_pytorch, lambda network, _: network, {})
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
@@ -112,13 +121,110 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training) if setting.start_from else None
-    facts = environment(device) | {"precision": precision, "compiled": compiled}
-    how = (device, precision, compiled, start, facts)
-    model, config, result = chosen.train(setting, seed, training, validation, folder, *how)
-    if rank == 0:
-        result |= finish(folder / "model", model, config, validation, read("test"), device)
+    facts = environment(device) | chosen.versions | {
+        "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
+        "training_images": len(training), "validation_images": len(validation),
+    }  # fmt: skip
+    found: list[Any] = [resume(folder, facts) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    rows, checkpoint, not_bit_exact, messages = found[0]
+    name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
+    for message in messages:
+        print(f"{name}: {message}", flush=True)
+    print(f"{name}: {setting.model}; {training.source}: {len(training):,} training and {len(validation):,} validation images; "
+          f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
+          f"{', compiled (the first time takes a minute)' if compiled else ''}"
+          f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip
+
+    with stop_signals() as received, _progress(rank) as show:
+
+        def stop_if_asked() -> None:
+            if received:
+                raise Interrupted(received[0])
+
+        def after_step(epoch: int, step: int, steps: int) -> None:
+            show(epoch, step, steps)
+            stop_if_asked()
+
+        how = (device, precision, compiled, start, checkpoint, after_step, photo_like)
+        for row, checkpoint in chosen.train(setting, seed, training, validation, *how):
+            checkpoint.state["not_bit_exact"] = not_bit_exact
+            rows.append(row)
+            if rank == 0:
+                save(folder, rows, checkpoint)
+            print(epoch_line(name, setting.epochs, rows, checkpoint.state), flush=True)
+        if rank > 0:
+            return {}
+        save_best(folder, checkpoint)
+        network, config, result = _outcome(setting, seed, training, rows, checkpoint)
+        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        result |= finish(folder / "model", network, config, validation, read("test"), device, stop_if_asked)
         write_json(folder / "result.json", result)
+        stop_if_asked()
     return result
+
+
+def _outcome(setting: Setting, seed: int, training: Split, rows: list[dict[str, Any]],
+             checkpoint: Checkpoint) -> tuple[ResNet, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Return the network with the weights of the best epoch, and what config.json and result.json begin with."""
+    architecture, (mean, std) = setting.architecture(len(training.classes)), mean_and_std(training.images)
+    network, best_epoch = ResNet(**architecture), checkpoint.state["best_epoch"]
+    network.load_state_dict(best_weights(checkpoint))
+    config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
+              "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": best_epoch}  # fmt: skip
+    return network.eval(), config, {
+        "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
+        "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
+        "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
+        "not_bit_exact": checkpoint.state["not_bit_exact"],
+    }  # fmt: skip
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect the first Ctrl-C or SIGTERM, so that the current step ends; a second one leaves at once."""
+    received: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(rank: int) -> Iterator[Callable[[int, int, int], None]]:
+    """Show how far an epoch is; in a pipe the lines of the epochs tell it."""
+    console = Console()
+    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(epoch: int, step: int, steps: int) -> None:
+            if step == 1:
+                bar.reset(task, description=f"epoch {epoch}", total=steps)
+            bar.update(task, completed=step)
+
+        yield show
+
+
+def epoch_line(name: str, epochs: int, rows: list[dict[str, Any]], state: dict[str, Any]) -> str:
+    """Say how the last epoch went and how long the others will take."""
+    row, seconds = rows[-1], [r["train_seconds"] + r["validation_seconds"] for r in rows[-5:]]
+    minutes = sorted(seconds)[len(seconds) // 2] * (epochs - row["epoch"]) / 60
+    left = f"{minutes // 60:.0f} h {minutes % 60:.0f} min" if minutes >= 60 else f"{minutes:.1f} min"
+    validation = ""
+    if row["validation_accuracy"] is not None:
+        best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
+        validation = f"validation {row['validation_accuracy']:.2f} % ({best})  "
+    return (f"{name}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2f} %  "
+            f"{validation}lr {row['lr']:.4g}  {seconds[-1]:.0f} s  left {left}")  # fmt: skip
 
 
 def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]:
@@ -183,30 +289,6 @@ def processes(device: str) -> Iterator[int]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the run folder for this process; the operating system frees the lock of a process that died.
-
-    Raises:
-        ValueError: Naming the process that holds it, where this one is not to wait.
-
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"{folder}: {file.read() or 'another process'} is working on this run") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
 def claim(runs: Sequence[Run], read: Reader, framework: str = "pytorch") -> None:
     """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
 
@@ -239,3 +321,24 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
     return claim
+
+
+def evaluate_model(model: str | Path, test: Split, device: str = "cpu", framework: str = "pytorch") -> dict[str, Any]:
+    """Evaluate a model folder, a finished run folder or a built-in name with its own mean, std and temperature.
+
+    Raises:
+        ValueError: If the model cannot be read, or its class names are not those of the data.
+
+    """
+    chosen = choose(framework)
+    network, config = load_model(model)
+    if list(test.classes) != config["classes"]:
+        ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
+        raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    title = f"evaluating {len(test):,} images"
+    print(title, file=sys.stderr, flush=True)
+    compute = chosen.forward(network, config["architecture"])
+    logits = predict(compute, test.images.to(device), config["mean"], config["std"], title=title).cpu()
+    metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
+    return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256, "framework": framework}

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import storage
-from .data import Split, batches, mean_and_std
+from .data import Distortion, Split, batches, mean_and_std
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .infer import SIZE
-from .model import GROUPS, WIDTHS, ResNet, parameter_count
+from .model import GROUPS, WIDTHS, ResNet
 from .settings import Setting
-from .train import TrainingFailed, epoch_line, learning_rate, patience_ended
+from .storage import Tensors, check_tensors
+from .train import Checkpoint, TrainingFailed, learning_rate, patience_ended
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
 os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}  # else Keras writes a file into the home folder
@@ -30,6 +28,7 @@ try:
 except ImportError as missing:
     raise ValueError(f"{missing.name} is not installed: pip install 'resnet-cifar10[tensorflow]'") from None
 
+VERSIONS = {"tensorflow": tf.__version__, "keras": keras.__version__}
 TO_KERAS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a vector, of the linear layer and of a convolution
 TO_PYTORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
@@ -133,9 +132,13 @@ def from_pytorch(network: ResNet, architecture: dict[str, Any], l2_reg_lambda: f
     model = resnet((architecture["depth"] - 2) // 6, architecture["classes"], architecture["leaky_slope"], l2_reg_lambda,
                    architecture["block"] == "pre", shortcut=architecture["shortcut"], activation=architecture["activation"],
                    normalization=architecture["normalization"], dtype=dtype)  # fmt: skip
-    tensors = [tensor.numpy() for tensor in network.state_dict().values() if tensor.ndim]  # Keras counts no batches
-    model.set_weights([tensor.transpose(TO_KERAS[tensor.ndim]) for tensor in tensors])
+    model.set_weights(_keras_weights(network))
     return model
+
+
+def _keras_weights(network: ResNet) -> list[Any]:
+    tensors = [tensor.numpy() for tensor in network.state_dict().values() if tensor.ndim]  # Keras counts no batches
+    return [tensor.transpose(TO_KERAS[tensor.ndim]) for tensor in tensors]
 
 
 def to_pytorch(model: keras.Model, network: ResNet) -> None:
@@ -211,16 +214,12 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
     return "float32" if setting.precision == "auto" else setting.precision, setting.compile
 
 
-def train(setting: Setting, seed: int, training: Split, validation: Split, folder: Path, device: str = "cpu",
-          precision: str = "float32", compiled: bool = False, first_weights: storage.Tensors | None = None,
-          environment: dict[str, Any] | None = None) -> tuple[ResNet, dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Do what train.train does, with the same arguments, results and initial weights; a broken-off run starts anew.
-
-    Raises:
-        TrainingFailed: If the loss is no longer finite.
-
-    """
-    name, steps = f"{setting.name}, seed {seed}", math.ceil(len(training) / setting.batch_size)
+def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
+          compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
+          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+          photo_like: Distortion | None = None) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
+    """Do what train.train does, from the same initial weights; arguments, yields and errors are described there."""
+    steps = math.ceil(len(training) / setting.batch_size)
     mean, std = mean_and_std(training.images)
     fill = (torch.tensor(mean) * 255).round().to(torch.uint8)
     architecture = setting.architecture(len(training.classes))
@@ -228,63 +227,63 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, folde
     network = ResNet(**architecture)
     network.load_state_dict(first_weights or {}, strict=False)
     network.to(getattr(torch, precision))
+    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
+    best: Tensors = {}
     model = from_pytorch(network, architecture, 0.0 if setting.optimizer == "adamw" else setting.weight_decay, precision)
+    optimizer = make_optimizer(setting, steps)
+    optimizer.build(model.trainable_variables)
+    if checkpoint:
+        shapes = {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in network.state_dict().items()}
+        shapes |= {f"optimizer.{index}": variable.shape for index, variable in enumerate(optimizer.variables)}
+        check_tensors(checkpoint.where, shapes, checkpoint.tensors)
+        state |= checkpoint.state
+        best = {key: tensor for key, tensor in checkpoint.tensors.items() if key.startswith("best.")}
+        network.load_state_dict({key[6:]: t for key, t in checkpoint.tensors.items() if key.startswith("model.")})
+        model.set_weights(_keras_weights(network))
+        for index, variable in enumerate(optimizer.variables):
+            variable.assign(checkpoint.tensors[f"optimizer.{index}"].numpy())
     options: dict[str, Any] = {"from_logits": True, "label_smoothing": setting.label_smoothing}
-    model.compile(make_optimizer(setting, steps), keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
+    model.compile(optimizer, keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
                   metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
                            keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
+    kinds = (tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8), tf.TensorSpec((None, len(training.classes)), tf.float32))
 
-    def arrays() -> Iterator[tuple[Any, Any]]:
-        for epoch in range(1, setting.epochs + 1):
-            for images, targets in batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill):
-                yield images.numpy(), targets.numpy()
+    def arrays(epoch: int) -> Iterator[tuple[Any, Any]]:
+        how = (setting.batch_size, setting.augmentation, seed, epoch, fill)
+        for images, targets in batches(training, *how, photo_like=photo_like):
+            yield images.numpy(), targets.numpy()
 
-    shapes = (tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8), tf.TensorSpec((None, len(training.classes)), tf.float32))
-    dataset = tf.data.Dataset.from_generator(arrays, output_signature=shapes)
-    dataset = dataset.map(lambda images, targets: ((tf.cast(images, precision) / 255 - mean) / std, targets)).prefetch(2)
+    def prepare(images: Any, targets: Any) -> tuple[Any, Any]:
+        return (tf.cast(images, precision) / 255 - mean) / std, targets
 
-    rows: list[dict[str, Any]] = []
-    state: dict[str, Any] = {"best_epoch": 0, "best_accuracy": -1.0}
-    started = time.perf_counter()
-
-    def end_of_epoch(epoch: int, log: dict[str, float]) -> None:
-        nonlocal started
-        trained, epoch = time.perf_counter(), epoch + 1  # Keras counts from 0
+    for epoch in range(state["epoch"] + 1, setting.epochs + 1):
+        if patience_ended(setting, state["epoch"], state["best_epoch"]):
+            return
+        started = time.perf_counter()
+        dataset = tf.data.Dataset.from_generator(partial(arrays, epoch), output_signature=kinds).map(prepare).prefetch(2)
+        ended = partial(lambda epoch, step, logs: after_step(epoch, step + 1, steps), epoch)
+        history = model.fit(dataset, initial_epoch=epoch - 1, epochs=epoch, steps_per_epoch=steps, shuffle=False, verbose=0,
+                            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=ended)])  # fmt: skip
+        log = {key: values[0] for key, values in history.history.items()}
         rate = learning_rate(setting, (epoch - 1 / steps) / setting.epochs)
         if not math.isfinite(log["cross_entropy"]):
-            raise TrainingFailed(f"{name}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}")
+            raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}")
+        trained = time.perf_counter()
         validation_loss = validation_accuracy = None
         if len(validation):
             logits = predict(_logits(model), validation.images, mean, std)
             validation_loss = negative_log_likelihood(logits, validation.labels)
             validation_accuracy = accuracy(logits, validation.labels)
+        to_pytorch(model, network)
+        state["epoch"] = epoch
         if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
-            state.update(best_epoch=epoch, best_accuracy=validation_accuracy)
-            to_pytorch(model, network)
-            storage.write_tensors(folder / "best.safetensors", network.state_dict(), {"epoch": epoch})
-        values = (epoch, log["cross_entropy"], 100 * log["accuracy"], validation_loss, validation_accuracy, rate,
-                  trained - started, time.perf_counter() - trained)  # fmt: skip
-        rows.append(dict(zip(storage.METRICS, values, strict=True)))
-        storage.write_metrics(folder, rows)
-        print(epoch_line(name, setting.epochs, rows, state), flush=True)
-        model.stop_training = patience_ended(setting, epoch, state["best_epoch"])
-        started = time.perf_counter()
-
-    storage.write_json(folder / "environment.json", (environment or {}) | {
-        "tensorflow": tf.__version__, "keras": keras.__version__, "data": training.source, "training_sha256": training.sha256,
-        "training_images": len(training), "validation_images": len(validation),
-    })  # fmt: skip
-    if (folder / "metrics.csv").exists():
-        print(f"{name}: starts anew; in TensorFlow a broken-off run does not go on", flush=True)
-    print(f"{name}: {setting.model}, {parameter_count(network):,} parameters; {training.source}: {len(training):,} training "
-          f"and {len(validation):,} validation images; TensorFlow, {precision}{', compiled' if compiled else ''}",
-          flush=True)  # fmt: skip
-    model.fit(dataset, epochs=setting.epochs, steps_per_epoch=steps, shuffle=False, verbose=int(sys.stdout.isatty()),
-              callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=end_of_epoch)])  # fmt: skip
-    config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
-              "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": state["best_epoch"]}  # fmt: skip
-    return network.float().eval(), config, {
-        "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
-        "epochs_run": len(rows), "best_epoch": state["best_epoch"], "stopped_early": len(rows) < setting.epochs,
-        "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60, "not_bit_exact": "",
-    }  # fmt: skip
+            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
+            best = {f"best.{key}": tensor.clone() for key, tensor in network.state_dict().items()}
+        metrics = {
+            "epoch": epoch, "train_loss": log["cross_entropy"], "train_accuracy": 100 * log["accuracy"],
+            "validation_loss": validation_loss, "validation_accuracy": validation_accuracy, "lr": rate,
+            "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
+        }  # fmt: skip
+        moments = {f"optimizer.{index}": torch.tensor(v.numpy()) for index, v in enumerate(optimizer.variables)}
+        now = {f"model.{key}": tensor for key, tensor in network.state_dict().items()}
+        yield metrics, Checkpoint(now | moments | best, dict(state))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from resnet_cifar10.data import Split, batches
-from resnet_cifar10.storage import read_metrics
+from resnet_cifar10.run_folder import read_metrics
 
 LONG = "LONG" in os.environ
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_cifar10.storage import read_metrics
+from resnet_cifar10.run_folder import read_metrics
 
 LONG = "LONG" in os.environ
 SEEDS = 6 if LONG else 1

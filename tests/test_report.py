@@ -24,8 +24,9 @@ from resnet_cifar10 import settings
 from resnet_cifar10.evaluate import wilson_interval
 from resnet_cifar10.report import AUGMENTATIONS, WORDS, pack, report
 from resnet_cifar10.results import welch
+from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
-from resnet_cifar10.storage import METRICS, read_metrics, write_json, write_metrics
+from resnet_cifar10.storage import write_json
 
 SOURCE = "CIFAR-10 (python archive)"
 

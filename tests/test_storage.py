@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_cifar10 import storage
+from resnet_cifar10 import run_folder, storage
 
 
 def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +63,13 @@ def test_equal_tensors_give_equal_bytes_and_a_changed_one_is_noticed(tmp_path: P
 
 
 def test_room_and_place_are_checked(tmp_path: Path) -> None:
-    storage.check_room(tmp_path / "runs" / "a", 1000)
+    run_folder.check_room(tmp_path / "runs" / "a", 1000)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"found [\d.]+ MB free; allowed: [\d.]+ MB or more"):
-        storage.check_room(tmp_path / "runs", 10**15)
+        run_folder.check_room(tmp_path / "runs", 10**15)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file: is a file"):
-        storage.check_room(tmp_path / "file" / "runs", 1000)
+        run_folder.check_room(tmp_path / "file" / "runs", 1000)
 
 
 @pytest.mark.parametrize(("tensors", "named"), [

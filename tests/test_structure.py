@@ -11,8 +11,9 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "train")
-ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
-         "tensorflow_twin", "study", "cluster", "results", "plots", "report", "cli", "__main__", "__init__")  # fmt: skip
+ORDER = (*CORE, "photo_like", "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
+         "run_folder", "tensorflow_twin", "study", "cluster", "results", "plots", "report", "cli",
+         "__main__", "__init__")  # fmt: skip
 
 
 def imports(room: str) -> set[str]:

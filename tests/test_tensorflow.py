@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+from resnet_cifar10 import run_folder, study
+from resnet_cifar10.data import Split
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.settings import Setting, load_settings
 from resnet_cifar10.storage import load_model, read_tensors
-from resnet_cifar10.train import make_optimizer
+from resnet_cifar10.train import Checkpoint, make_optimizer
 
 if not importlib.util.find_spec("tensorflow"):
     pytest.skip("needs the extra 'tensorflow'", allow_module_level=True)
@@ -27,6 +29,8 @@ from resnet_cifar10 import tensorflow_twin as twin
 pytestmark = pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
+
+THREADS = os.environ | {"OMP_NUM_THREADS": "2"}
 
 
 def network(setting: Setting, dtype: torch.dtype) -> tuple[ResNet, dict[str, Any]]:
@@ -114,7 +118,7 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(changes:
 
 def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=THREADS, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert status == 0 or done.stderr.count("\n") == 1, done.stderr
     return done
@@ -162,13 +166,28 @@ def test_a_run_is_skipped_when_done_and_is_another_one_in_the_other_framework(tr
     assert "framework was 'tensorflow', is 'pytorch'" in train(folder, "--framework", "pytorch", status=2).stderr
 
 
-def test_a_broken_off_run_says_that_it_starts_anew(trained: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "d" / "seed-0"
-    folder.mkdir(parents=True)
-    for name in ("setting.json", "metrics.csv", "environment.json"):
-        (folder / name).write_bytes((trained / name).read_bytes())
-    assert "starts anew" in train(tmp_path).stdout
-    assert (folder / "best.safetensors").read_bytes() == (trained / "best.safetensors").read_bytes()
+def test_a_broken_off_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(48) % 2
+    pixels = (labels * 200).to(torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3)
+    split = Split(pixels, labels, ("dark", "light"), "made up")
+    short = row(model="resnet8", epochs=2, validation_size=16, batch_size=16, compile=False)
+
+    def run_into(folder: Path) -> None:
+        study.run(short, 0, lambda part: split if part == "train" else None, folder, framework="tensorflow")
+
+    def power_cut(folder: Path, checkpoint: Checkpoint) -> None:
+        save_checkpoint(folder, checkpoint)
+        raise RuntimeError("power cut")
+
+    save_checkpoint = run_folder.save_checkpoint
+    run_into(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(run_folder, "save_checkpoint", power_cut)
+        run_into(tmp_path / "parts")
+    assert len(run_folder.read_metrics(tmp_path / "parts")) == 1
+    run_into(tmp_path / "parts")
+    for name in ("best.safetensors", "last.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_cifar10 import storage
+from resnet_cifar10 import run_folder
 from resnet_cifar10.data import Split
+from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
-from resnet_cifar10.storage import load_checkpoint
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import TrainingFailed, patience_ended
+from resnet_cifar10.train import Checkpoint, TrainingFailed, patience_ended
 
 # One thread: the same on every machine, and quick beside other work.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -98,7 +98,7 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, number: si
     assert process.returncode == status
     assert errors.count("\n") == 1
     assert "the same command again goes on" in errors
-    assert load_checkpoint(tmp_path / "runs" / "small" / "seed-0") is not None
+    assert load_checkpoint(tmp_path / "runs" / "small" / "seed-0")[0] is not None
 
 
 def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
@@ -175,14 +175,14 @@ def test_every_optimizer_learns_and_resumes_exactly(
     result = train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
     assert result["test"]["accuracy"] > 50
 
-    def save_then_die(folder: Path, tensors: storage.Tensors, state: dict[str, int]) -> None:
-        save_checkpoint(folder, tensors, state)
-        if state["epoch"] == 3:
+    def save_then_die(folder: Path, checkpoint: Checkpoint) -> None:
+        save_checkpoint(folder, checkpoint)
+        if checkpoint.state["epoch"] == 3:
             raise RuntimeError("power cut")
 
-    save_checkpoint = storage.save_checkpoint
+    save_checkpoint = run_folder.save_checkpoint
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(storage, "save_checkpoint", save_then_die)
+        patch.setattr(run_folder, "save_checkpoint", save_then_die)
         train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
     train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
     assert (tmp_path / "parts/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from PIL import Image
 
-from resnet_cifar10 import cli, infer, photo, sources, storage, study, train
+from resnet_cifar10 import cli, infer, photo, run_folder, sources, storage, train
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 
@@ -68,9 +68,10 @@ def _unverified(path: Path) -> tuple[storage.Tensors, dict[str, Any]]:
         return tensors, json.loads(file.metadata()["checkpoint"])["state"]
 
 
-def _forgetful(tensors: storage.Tensors, model: Any, optimizer: torch.optim.Optimizer, best: storage.Tensors) -> None:
-    _RESTORE(tensors, model, optimizer, best)
+def _forgetful(tensors: storage.Tensors, model: Any, optimizer: torch.optim.Optimizer) -> storage.Tensors:
+    best = _RESTORE(tensors, model, optimizer)
     optimizer.state.clear()
+    return best
 
 
 _RESTORE, _FAIL = train._restore, cli._fail
@@ -105,10 +106,10 @@ BROKEN: dict[str, list[tuple[str, PutIn]]] = {
     "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
     "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
     "full": [("a writer without rename", _instead(storage.write, _write_in_place))],
-    "read-only": [("no check of the right to write", _instead(storage.check_room, lambda folder, parameters: None))],
-    "file": [("no check of the path", _instead(storage.check_room, lambda folder, parameters: None))],
-    "lock": [("a lock that never locks", _instead(study.locked, _never_locked))],
-    "refuse": [("no check of a checkpoint's tensors", _instead(storage.check_tensors, lambda file, wanted, tensors: None))],
+    "read-only": [("no check of the right to write", _instead(run_folder.check_room, lambda folder, parameters: None))],
+    "file": [("no check of the path", _instead(run_folder.check_room, lambda folder, parameters: None))],
+    "lock": [("a lock that never locks", _instead(run_folder.locked, _never_locked))],
+    "refuse": [("no check of a checkpoint's tensors", _instead(storage.check_tensors, lambda where, wanted, tensors: None))],
     "settings": [("unknown keys are let through", _lenient_settings)],
     "data": [("labels are not checked", _instead(sources._checked, _unchecked)),
              ("an archive reader without caps",

@@ -33,7 +33,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_cifar10 import sources, storage
+from resnet_cifar10 import run_folder, sources, storage
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 
@@ -472,10 +472,10 @@ def payloads(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
             call("infer", "x.png", "--model", model).refused(2, "model.onnx")
             model.joinpath("model.pt").write_bytes(weights)
             call("evaluate", model / "model.pt", "--data", training.GROUND.data).refused(2, "model.pt")
-        for checkpoint, weights in zip((storage.LAST, storage.PREVIOUS), hostile, strict=True):
+        for checkpoint, weights in zip((run_folder.LAST, run_folder.PREVIOUS), hostile, strict=True):
             (run / checkpoint).write_bytes(weights)
         expect(len(audit) == before, f"{name}: executed {audit[before:]}")
-        training.GROUND.train(where / "out").end().refused(2, storage.LAST)
+        training.GROUND.train(where / "out").end().refused(2, run_folder.LAST)
         expect(not list(folder.rglob(MARKER.name)), f"{name}: executed")
         shutil.rmtree(where)
         yield

@@ -24,9 +24,10 @@ import torch
 import torch._dynamo
 import torch.onnx._internal.exporter._compat
 
-from resnet_cifar10 import storage
+from resnet_cifar10 import run_folder, storage
 from resnet_cifar10.export import export
 from resnet_cifar10.sources import load
+from resnet_cifar10.train import Checkpoint
 
 from .harness import HANG_SECONDS, Command, Ended, Failed, Skipped, expect
 
@@ -122,7 +123,7 @@ class Ground:
             elif file.suffix == ".json":
                 json.loads(file.read_text())
             elif file.name == "metrics.csv":
-                epochs = [row["epoch"] for row in storage.read_metrics(folder)]
+                epochs = [row["epoch"] for row in run_folder.read_metrics(folder)]
                 expect(epochs == list(range(1, len(epochs) + 1)), f"metrics.csv has epochs {epochs}")
             else:
                 name = str(file.relative_to(folder))
@@ -148,7 +149,7 @@ def contents(folder: Path) -> dict[str, Any]:
                 found[name] = [row[:6] for row in csv.reader(lines)]
         elif file.suffix == ".json":
             found[name] = {key: value for key, value in json.loads(file.read_text()).items() if "minutes" not in key}
-        elif file.name not in (".lock", storage.PREVIOUS):
+        elif file.name not in (".lock", run_folder.PREVIOUS):
             found[name] = file.read_bytes()
     return found
 
@@ -168,14 +169,14 @@ def _die() -> None:
 
 def die_after_epoch(epoch: int) -> None:
     """Let this process be killed once the checkpoint of an epoch is there."""
-    save_checkpoint = storage.save_checkpoint
+    save_checkpoint = run_folder.save_checkpoint
 
-    def save_then_die(folder: Path, tensors: storage.Tensors, state: dict[str, Any]) -> None:
-        save_checkpoint(folder, tensors, state)
-        if state["epoch"] == epoch:
+    def save_then_die(folder: Path, checkpoint: Checkpoint) -> None:
+        save_checkpoint(folder, checkpoint)
+        if checkpoint.state["epoch"] == epoch:
             _die()
 
-    storage.save_checkpoint = save_then_die
+    run_folder.save_checkpoint = save_then_die
 
 
 # --- killed ---
@@ -237,10 +238,10 @@ def die_in_a_write(point: str, times: int) -> None:
         return _Half(opened, die) if "w" in mode and point == "half written" else opened
 
     def dying_replace(source: Any, target: Any) -> None:
-        if point == "before rename" or (point == "pruning" and Path(target).name == storage.PREVIOUS):
+        if point == "before rename" or (point == "pruning" and Path(target).name == run_folder.PREVIOUS):
             die()
         replace(source, target)
-        if point == "after rename" or (point == "pruning" and Path(target).name == storage.PREVIOUS):
+        if point == "after rename" or (point == "pruning" and Path(target).name == run_folder.PREVIOUS):
             die()
 
     def dying_fsync(number: int) -> None:
@@ -318,9 +319,9 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 def damaged_checkpoint(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     """The newest checkpoint is not what was written."""
     for trial in range(count):
-        newest = GROUND.after_epoch(rng.randint(2, EPOCHS), folder / f"{trial}") / storage.LAST
+        newest = GROUND.after_epoch(rng.randint(2, EPOCHS), folder / f"{trial}") / run_folder.LAST
         newest.write_bytes(damage(rng, newest.read_bytes()))
-        GROUND.finish(folder / f"{trial}", "damaged", f"going on from {storage.PREVIOUS}")
+        GROUND.finish(folder / f"{trial}", "damaged", f"going on from {run_folder.PREVIOUS}")
         yield
 
 
@@ -439,23 +440,24 @@ def _other_setting(file: Path) -> None:
 
 
 CANNOT_GO_ON: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "optimizer state missing": (lambda run: _rewrite(run / storage.LAST, _drop_optimizer), ("seed-0", "optimizer.")),
+    "optimizer state missing": (lambda run: _rewrite(run / run_folder.LAST, _drop_optimizer), ("seed-0", "optimizer.")),
     "a weight missing": (
-        lambda run: _rewrite(run / storage.LAST, lambda t, s: t.pop("model.conv.weight")), ("model.conv.weight",)),
+        lambda run: _rewrite(run / run_folder.LAST, lambda t, s: t.pop("model.conv.weight")), ("model.conv.weight",)),
     "a weight of another shape": (
-        lambda run: _rewrite(run / storage.LAST, lambda t, s: t.update({"model.linear.bias": torch.zeros(3)})),
+        lambda run: _rewrite(run / run_folder.LAST, lambda t, s: t.update({"model.linear.bias": torch.zeros(3)})),
         ("model.linear.bias",)),
-    "the epoch missing": (lambda run: _rewrite(run / storage.LAST, lambda t, s: s.pop("epoch")), ("seed-0", "epoch")),
+    "the epoch missing": (lambda run: _rewrite(run / run_folder.LAST, lambda t, s: s.pop("epoch")), ("seed-0", "epoch")),
     "a foreign run": (lambda run: _other_setting(run / "setting.json"), ("holds another study", "lr was 0.2, is 0.05")),
     "foreign files": (lambda run: (run / "setting.json").rename(run / "thesis.txt"), ("no setting.json",)),
     "setting.json damaged": (lambda run: (run / "setting.json").write_text('{"sett'), ("setting.json",)),
     "setting.json of another kind": (lambda run: (run / "setting.json").write_text("[]"), ("setting.json",)),
     "metrics.csv lost": (lambda run: (run / "metrics.csv").unlink(), ("metrics.csv",)),
     "metrics.csv torn": (lambda run: (run / "metrics.csv").write_text("epoch,tr"), ("metrics.csv",)),
-    "metrics.csv shorter": (lambda run: (run / "metrics.csv").write_text(",".join(storage.METRICS) + "\n"), ("metrics.csv",)),
+    "metrics.csv shorter": (
+        lambda run: (run / "metrics.csv").write_text(",".join(run_folder.METRICS) + "\n"), ("metrics.csv",)),
     "environment.json damaged": (lambda run: (run / "environment.json").write_text("{"), ("environment.json",)),
     "all checkpoints damaged": (
-        lambda run: [(run / name).write_bytes(b"?") for name in (storage.LAST, storage.PREVIOUS)], ("anew",)),
+        lambda run: [(run / name).write_bytes(b"?") for name in (run_folder.LAST, run_folder.PREVIOUS)], ("anew",)),
 }  # fmt: skip
 
 
@@ -487,7 +489,7 @@ def _elsewhere(out: Path) -> Iterator[None]:
 
     def elsewhere_and_die() -> None:
         torch.set_num_threads(2)
-        storage.write_metrics = lambda *_: _die()
+        run_folder.write_metrics = lambda *_: _die()
 
     GROUND.train(out, prepare=elsewhere_and_die).end()
     ended = GROUND.train(out, prepare=partial(torch.set_num_threads, 2)).end()

@@ -1,0 +1,170 @@
+"""The folder of one run: its lock, its metrics, its checkpoints, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .storage import Tensors, read_json, read_tensors, write, write_json, write_tensors
+from .train import Checkpoint
+
+ROOM = 16  # times the weights: three checkpoints of up to four (weights, best, two of Adam), and the files of the model
+LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+METRICS = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr",
+           "train_seconds", "validation_seconds")  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the run folder for this process; the operating system frees the lock of a process that died.
+
+    Raises:
+        ValueError: Naming the process that holds it, where this one is not to wait.
+
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder}: {file.read() or 'another process'} is working on this run") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def check_room(folder: Path, parameters: int) -> None:
+    """Make sure that a network of so many parameters can be saved into a folder, before hours go into its training.
+
+    Raises:
+        ValueError: Naming the folder, what was found and what is needed.
+
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there}: is a file; --out needs a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there}: cannot be written; --out needs a folder that can")
+    free, needed = shutil.disk_usage(there).free, ROOM * 4 * parameters
+    if free < needed:
+        raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")
+
+
+def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Checkpoint | None, str, list[str]]:
+    """Find out how far a run has come, and note the environment in which it goes on.
+
+    Returns:
+        Its metrics, its newest undamaged checkpoint (None: it is at its beginning), why it is not bit-exact ("" if it is),
+        and what a user must hear of.
+
+    Raises:
+        ValueError: If metrics and checkpoint do not belong together, or all checkpoints are damaged.
+
+    """
+    rows: list[dict[str, Any]] = []
+    not_bit_exact = ""
+    checkpoint, problem = load_checkpoint(folder)
+    if checkpoint:
+        epoch = checkpoint.state.get("epoch", 0)
+        rows = [row for row in read_metrics(folder) if row["epoch"] <= epoch]
+        if len(rows) != epoch:
+            raise ValueError(f"{folder / 'metrics.csv'}: found {len(rows)} epochs, the checkpoint has {epoch}")
+        before = read_json(folder / "environment.json")
+        not_bit_exact = checkpoint.state.get("not_bit_exact", "") or before.get("not_bit_exact", "")
+        if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
+            not_bit_exact = f"resumed after epoch {epoch} with another {', '.join(changed)}"
+        checkpoint.state["not_bit_exact"] = not_bit_exact
+    # with the mark: a run that is killed before its next checkpoint must not lose it
+    write_json(folder / "environment.json", environment | {"not_bit_exact": not_bit_exact})
+    return rows, checkpoint, not_bit_exact, [line for line in (problem, not_bit_exact) if line]
+
+
+def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """Save an epoch: the best weights if it has the best, metrics.csv, the checkpoint."""
+    if checkpoint.state["best_epoch"] == checkpoint.state["epoch"]:
+        save_best(folder, checkpoint)
+    write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
+    save_checkpoint(folder, checkpoint)
+
+
+def save_best(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the weights of the best epoch."""
+    write_tensors(folder / BEST, best_weights(checkpoint), {"epoch": checkpoint.state["best_epoch"]})
+
+
+def best_weights(checkpoint: Checkpoint) -> Tensors:
+    """Return the weights of the best epoch under their names in the network."""
+    return {key.removeprefix("best."): tensor for key, tensor in checkpoint.tensors.items() if key.startswith("best.")}
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the newest checkpoint; the one before it is kept."""
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / PREVIOUS)
+    write_tensors(folder / LAST, checkpoint.tensors, checkpoint.state)
+
+
+def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:
+    """Read the newest undamaged checkpoint of a run.
+
+    Returns:
+        The checkpoint, None for a run that has none yet, and what a user must hear of ("" if nothing).
+
+    Raises:
+        ValueError: If there are checkpoints, but all are damaged.
+
+    """
+    problems = []
+    for file in (folder / LAST, folder / PREVIOUS):
+        if not file.exists():
+            continue
+        try:
+            tensors, state = read_tensors(file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            (folder / LAST).unlink()  # else it would become the one that is kept
+        return Checkpoint(tensors, state, str(file)), "".join(f"{problem}; going on from {file.name}" for problem in problems)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; remove {folder} to start this run anew")
+    return None, ""
+
+
+def write_metrics(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write metrics.csv whole, so that it never holds a torn row or a row twice."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, METRICS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(folder / "metrics.csv", text.getvalue())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.csv; a value that was not measured is None.
+
+    Raises:
+        ValueError: Naming the file and the reason.
+
+    """
+    file = folder / "metrics.csv"
+    try:
+        with open(file, newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        return [{key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS}
+                for row in rows]  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{file}: not the metrics of a run: {error}") from None
