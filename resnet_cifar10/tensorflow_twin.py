@@ -170,31 +170,18 @@ class SGD(keras.optimizers.SGD):  # type: ignore[misc]
         self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * step)
 
 
-class Schedule(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """The learning rate of every step of a run, from train.learning_rate."""
-
-    def __init__(self, setting: Setting, steps: int) -> None:
-        total = setting.epochs * steps
-        self.rates = tf.constant([learning_rate(setting, step / total) for step in range(total)])
-
-    def __call__(self, step: Any) -> Any:
-        """Return the rate of one step, counted from 0 over all epochs."""
-        return keras.ops.take(self.rates, step)
-
-
-def make_optimizer(setting: Setting, steps: int) -> keras.optimizers.Optimizer:
+def make_optimizer(setting: Setting) -> keras.optimizers.Optimizer:
     """Build the optimizer; the weight decay of SGD and Adam is in the loss, AdamW takes its own (Loshchilov & Hutter 2019).
 
     Keras adds the epsilon of Adam before the correction of the bias, PyTorch after it: where gradients are tiny, the first
     hundreds of steps differ.
     """
-    schedule = Schedule(setting, steps)
     if setting.optimizer == "sgd":
-        return SGD(schedule, setting.momentum, setting.nesterov)
+        return SGD(setting.lr, setting.momentum, setting.nesterov)
     betas = {"beta_1": setting.momentum, "beta_2": 0.999, "epsilon": 1e-8}
     if setting.optimizer == "adam":
-        return keras.optimizers.Adam(schedule, **betas)
-    return keras.optimizers.AdamW(schedule, weight_decay=setting.weight_decay, **betas)
+        return keras.optimizers.Adam(setting.lr, **betas)
+    return keras.optimizers.AdamW(setting.lr, weight_decay=setting.weight_decay, **betas)
 
 
 def resolve(setting: Setting, device: str) -> tuple[str, bool]:
@@ -230,7 +217,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
     best: Tensors = {}
     model = from_pytorch(network, architecture, 0.0 if setting.optimizer == "adamw" else setting.weight_decay, precision)
-    optimizer = make_optimizer(setting, steps)
+    optimizer = make_optimizer(setting)
     optimizer.build(model.trainable_variables)
     if checkpoint:
         shapes = {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in network.state_dict().items()}
@@ -256,14 +243,20 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     def prepare(images: Any, targets: Any) -> tuple[Any, Any]:
         return (tf.cast(images, precision) / 255 - mean) / std, targets
 
+    def start_step(epoch: int, step: int, logs: object) -> None:
+        optimizer.learning_rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
+
+    def end_step(epoch: int, step: int, logs: object) -> None:
+        after_step(epoch, step + 1, steps)
+
     for epoch in range(state["epoch"] + 1, setting.epochs + 1):
         if patience_ended(setting, state["epoch"], state["best_epoch"]):
             return
         started = time.perf_counter()
         dataset = tf.data.Dataset.from_generator(partial(arrays, epoch), output_signature=kinds).map(prepare).prefetch(2)
-        ended = partial(lambda epoch, step, logs: after_step(epoch, step + 1, steps), epoch)
+        hooks = {"on_train_batch_begin": partial(start_step, epoch), "on_train_batch_end": partial(end_step, epoch)}
         history = model.fit(dataset, initial_epoch=epoch - 1, epochs=epoch, steps_per_epoch=steps, shuffle=False, verbose=0,
-                            callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=ended)])  # fmt: skip
+                            callbacks=[keras.callbacks.LambdaCallback(**hooks)])  # fmt: skip
         log = {key: values[0] for key, values in history.history.items()}
         rate = learning_rate(setting, (epoch - 1 / steps) / setting.epochs)
         if not math.isfinite(log["cross_entropy"]):

@@ -95,13 +95,13 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(changes:
     smoothing, decay = setting.label_smoothing, 0.0 if setting.optimizer == "adamw" else setting.weight_decay
     theirs = twin.from_pytorch(model, architecture, decay, "float64")
     loss = twin.keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
-    theirs.compile(twin.make_optimizer(setting, steps=3), loss, jit_compile=False)
+    theirs.compile(twin.make_optimizer(setting), loss, jit_compile=False)
     if "adam" in setting.optimizer:  # Keras adds epsilon before the correction of the bias, PyTorch after it
         optimizer.param_groups[0]["eps"] = theirs.optimizer.epsilon = 1e-15
     torch.manual_seed(2)
     for step in range(2):  # the second one has a momentum and another learning rate
         images, targets = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.eye(10, dtype=torch.float64)[:8]
-        optimizer.param_groups[0]["lr"] = setting.lr * (1 - step / 3)
+        optimizer.param_groups[0]["lr"] = theirs.optimizer.learning_rate = setting.lr * (1 - step / 3)
         F.cross_entropy(model(images), targets, label_smoothing=smoothing).backward()
         optimizer.step()
         optimizer.zero_grad()
