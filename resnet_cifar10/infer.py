@@ -68,7 +68,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, value in named.items():
         kind = {"classes": str, "mean": float, "std": float, "architecture": dict}.get(key, float)
         values = value if isinstance(value, list) else [value]
-        length_right = {"classes": len(values) >= 2, "mean": len(values) == 3, "std": len(values) == 3}.get(key, True)
+        one = values is not value
+        length_right = {"classes": len(values) >= 2, "mean": len(values) == 3, "std": len(values) == 3}.get(key, one)
         positive = key not in ("std", "temperature") or all(isinstance(v, float) and v > 0 for v in values)
         if not (length_right and positive and all(isinstance(v, kind) for v in values)):
             raise ValueError(f"{file}: key '{key}' is missing or wrong")

@@ -122,7 +122,7 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
     except OSError as error:
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a TOML settings file: {_one_line(error)}") from None
+        raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
     table = _validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = [_validated(Setting, table.defaults | row | given, f"{path}: setting {_short(row.get('name', number))}")
@@ -148,11 +148,11 @@ def _validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
         message = f"key '{key}': found {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)[0]
-            message = f"unknown key '{_one_line(key)}'; did you mean '{near}'?"
+            message = f"unknown key '{one_line(key)}'; did you mean '{near}'?"
         elif first["type"] == "missing":
             message = f"key '{key}' is missing"
         elif first["type"] == "value_error":  # our own sentence
-            message = _one_line(first["ctx"]["error"])
+            message = one_line(first["ctx"]["error"])
         raise ValueError(f"{where}: {message}") from None
 
 
@@ -163,6 +163,7 @@ def _short(value: object) -> str:
         return "a huge number"
 
 
-def _one_line(text: object) -> str:
+def one_line(text: object) -> str:
+    """Make a message of another library a short line of printable characters."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
     return line if len(line) <= 160 else line[:157] + "..."

@@ -20,6 +20,7 @@ from PIL import Image
 from .data import Split, hold_out
 from .decode import decode
 from .infer import SIZE
+from .settings import one_line
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -212,8 +213,7 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             if len(names) < 2 or not all(isinstance(name, str) for name in names):
                 raise ValueError("its class names are not two or more texts")
         except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {reason}") from None
+            raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {one_line(error)}") from None
     if not files:
         return None
     images = decode([blob or b"" for blob in blobs], f"{folder}: split '{split}'", processes)

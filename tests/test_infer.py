@@ -317,6 +317,7 @@ def test_a_broken_model_folder_is_refused_with_the_reason(model: Path, photo: Im
     for file, content, reason in (
         ("model.onnx", None, "export"), ("model.onnx", b"no graph", "not an ONNX model"),
         ("config.json", b"{", "not a model configuration"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
+        ("config.json", json.dumps(CONFIG | {"rejection_threshold": []}).encode(), "'rejection_threshold'"),
     ):  # fmt: skip
         if content is not None:
             (broken / file).write_bytes(content)

@@ -121,6 +121,7 @@ class Command:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
             sys.stdout, sys.stderr = open(f"{log}.out", "w"), open(f"{log}.err", "w")  # noqa: SIM115  (until the child ends)
+            os.dup2(sys.stderr.fileno(), 2)  # for what is written past Python's buffers
             sys.argv = ["resnet-cifar10", *map(str, arguments)]
             prepare()
             main()
