@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -28,7 +29,6 @@ from resnet_cifar10.evaluate import accuracy
 from resnet_cifar10.infer import BUILT_IN, onnx_runtime, read_config
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.settings import Setting
-from resnet_cifar10.sources import load
 from resnet_cifar10.study import evaluate_model
 
 Metrics = dict[str, float]
@@ -245,11 +245,13 @@ def evaluation(test: Split, report: Report) -> None:
 
 
 def loading(data: str, processes: int, report: Report) -> None:
-    """Read the training and the test images."""
+    """Read the training and the test images as the command line does: its processes need not import PyTorch."""
+    program = ("import time; from resnet_cifar10.sources import load; t = time.perf_counter(); n = sum(len("
+               f"load({data!r}, part, {processes})) for part in ('train', 'test')); print(n, time.perf_counter() - t)")  # fmt: skip
     while True:
-        started = time.perf_counter()
-        images = sum(len(split) for part in ("train", "test") if (split := load(data, part, processes)))
-        report({f"{images:,} images, s": time.perf_counter() - started})
+        images, seconds = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+        report({f"{int(images):,} images, s": float(seconds), MEMORY: peak})
 
 
 def program(command: list[str], report: Report) -> None:

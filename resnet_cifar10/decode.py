@@ -38,11 +38,11 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
 
 
 def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:
-    pixels = np.empty((len(items), SIZE, SIZE, 3), np.uint8)
+    pixels = bytearray()
     for i, item in enumerate(items):
         image = read_photo(item) if isinstance(item, Path) else _small(item, f"{name}: image {first + i}")
-        pixels[i] = np.asarray(image if image.size == (SIZE, SIZE) else square(image, SIZE))
-    return pixels
+        pixels += (image if image.size == (SIZE, SIZE) else square(image, SIZE)).tobytes()
+    return np.frombuffer(pixels, np.uint8).reshape(-1, SIZE, SIZE, 3)
 
 
 def _small(content: bytes, name: str) -> Image.Image:

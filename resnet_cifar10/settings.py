@@ -47,7 +47,7 @@ class Setting(BaseModel):
     patience: int | None = Field(None, ge=1, le=100_000)  # epochs without a better validation accuracy; None: never stop early
     validation_size: int = Field(5_000, ge=0, le=10_000_000)  # training images held out, stratified
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
-    compile: bool = True  # torch.compile: pays off from a few hundred steps
+    compile: bool = True  # torch.compile, where it is faster: not in float32 on a CPU
     start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init
     seeds: list[int] = Field([0], min_length=1)
 

@@ -185,7 +185,7 @@ def make_optimizer(setting: Setting) -> keras.optimizers.Optimizer:
 
 
 def resolve(setting: Setting, device: str) -> tuple[str, bool]:
-    """Return precision and whether to compile (XLA, which needs no C++ compiler); refuse what TensorFlow lacks here.
+    """Return precision and whether to compile, refuse what TensorFlow lacks here; its compiler XLA is slower on a CPU.
 
     Raises:
         ValueError: Naming the option or key, what was found and what is allowed.
@@ -198,7 +198,7 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
         raise ValueError(f"torchrun: found several processes; {allowed}: one")
     if setting.precision == "bfloat16":
         raise ValueError(f"setting {setting.name!r}: key 'precision': found 'bfloat16'; {allowed}: auto, float32, float64")
-    return "float32" if setting.precision == "auto" else setting.precision, setting.compile
+    return "float32" if setting.precision == "auto" else setting.precision, False
 
 
 def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
