@@ -246,8 +246,11 @@ def evaluation(test: Split, report: Report) -> None:
 
 def loading(data: str, processes: int, report: Report) -> None:
     """Read the training and the test images as the command line does: its processes need not import PyTorch."""
-    program = ("import time; from resnet_cifar10.sources import load; t = time.perf_counter(); n = sum(len("
-               f"load({data!r}, part, {processes})) for part in ('train', 'test')); print(n, time.perf_counter() - t)")  # fmt: skip
+    program = f"""import time
+from resnet_cifar10.sources import load
+started = time.perf_counter()
+images = sum(len(load({data!r}, part, {processes})) for part in ("train", "test"))
+print(images, time.perf_counter() - started)"""
     while True:
         images, seconds = subprocess.check_output([sys.executable, "-c", program], text=True).split()
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
