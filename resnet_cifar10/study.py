@@ -102,7 +102,7 @@ def choose(framework: str) -> Framework:
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
-    """Say what a setting leaves to the machine; a step of float32 on a CPU is no faster compiled (benchmarks/results)."""
+    """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md)."""
     automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
     precision = automatic if setting.precision == "auto" else setting.precision
     return precision, setting.compile and (device != "cpu" or precision == "bfloat16") and has_compiler()

@@ -68,7 +68,7 @@ def main() -> int:
     """Run the rows and say what came of them: 0 where nothing failed."""
     parser = argparse.ArgumentParser("torture", description=__doc__)
     parser.add_argument(
-        "--scale", type=float, default=0.1, help="share of the full counts (1: hours; default %(default)s: minutes)"
+        "--scale", type=float, default=0.1, help="share of the full counts (1: half an hour; default %(default)s: minutes)"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other moments and mutations")
     parser.add_argument("--only", choices=[row.key for row in ROWS], action="append", help="only this row; can be repeated")
