@@ -20,7 +20,7 @@ ECE_BINS = 15  # Guo et al. 2017, section 2
 
 @torch.inference_mode()
 def predict(model: Forward, images: Tensor, mean: list[float], std: list[float],
-            batch_size: int = 500, title: str = "") -> Tensor:  # fmt: skip
+            batch_size: int = 250, title: str = "") -> Tensor:  # fmt: skip
     """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; a title shows a bar."""
     logits, console = [], Console(stderr=True)
     parts = torch.split(images, batch_size)
