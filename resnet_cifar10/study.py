@@ -105,7 +105,11 @@ def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
     """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md)."""
     automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
     precision = automatic if setting.precision == "auto" else setting.precision
-    return precision, setting.compile and (device != "cpu" or precision == "bfloat16") and has_compiler()
+    return precision, setting.compile and _compiling_pays(device, precision) and has_compiler()
+
+
+def _compiling_pays(device: str, precision: str) -> bool:
+    return device != "cpu" or precision == "bfloat16"
 
 
 def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
@@ -118,7 +122,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     """
     chosen = choose(framework)
     precision, compiled = chosen.resolve(setting, device)
-    if setting.compile and not (compiled or has_compiler()):
+    if setting.compile and not compiled and _compiling_pays(device, precision):
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training) if setting.start_from else None
