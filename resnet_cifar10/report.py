@@ -24,7 +24,7 @@ COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization"
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
            "Early stopping epoch", "Accuracy")  # fmt: skip
 WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "SiLU", "he_normal": "He_normal",
-         "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW",
+         "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW", "muon": "Muon",
          "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
          "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
@@ -72,7 +72,7 @@ def cells(row: Row, seeds: set[int]) -> list[str]:
 def meaning(row: Row) -> dict[str, str]:
     """Say what stands behind the cells of a row."""
     s = row.setting
-    momentum = f"momentum {s.momentum:g}{', Nesterov' if s.nesterov else ''}"
+    momentum = f"momentum {s.momentum:g}{', Nesterov' if s.nesterov or s.optimizer == 'muon' else ''}"
     percent, epochs = (join([f"{m * whole:g}" for m in s.lr_milestones]) for whole in (100, s.epochs))
     decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
@@ -82,7 +82,7 @@ def meaning(row: Row) -> dict[str, str]:
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
         "First weights": f"those of {s.start_from}" if s.start_from else "random",
-        "Optimizer": momentum if s.optimizer == "sgd" else f"betas {s.momentum:g} and 0.999",
+        "Optimizer": momentum if s.optimizer in ("sgd", "muon") else f"betas {s.momentum:g} and 0.999",
         "Weight decay": np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1) if s.weight_decay else "none",
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,

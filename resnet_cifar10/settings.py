@@ -31,7 +31,7 @@ class Setting(BaseModel):
     activation: Literal["relu", "leaky_relu", "gelu", "silu"] = "relu"
     leaky_slope: float = Field(0.1, ge=0, lt=1)
     weight_init: Literal["he_normal", "xavier_normal", "pytorch"] = "he_normal"
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)  # for Adam and AdamW: beta 1
     nesterov: bool = False
     lr: float = Field(0.1, gt=0, le=100)

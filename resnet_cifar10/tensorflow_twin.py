@@ -196,6 +196,8 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
         raise ValueError(f"--device: found {device!r}; {allowed}: cpu")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError(f"torchrun: found several processes; {allowed}: one")
+    if setting.optimizer == "muon":
+        raise ValueError(f"setting {setting.name!r}: key 'optimizer': found 'muon'; {allowed}: sgd, adam, adamw")
     if setting.precision == "bfloat16":
         raise ValueError(f"setting {setting.name!r}: key 'precision': found 'bfloat16'; {allowed}: auto, float32, float64")
     return "float32" if setting.precision == "auto" else setting.precision, False

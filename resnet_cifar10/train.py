@@ -16,6 +16,7 @@ from torch import distributed as dist
 from .data import Distortion, Split, batches, mean_and_std, normalise
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .model import ResNet
+from .muon import Muon
 from .settings import Setting
 from .storage import Tensors, check_tensors
 
@@ -60,6 +61,8 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     if setting.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), setting.lr, setting.momentum, nesterov=setting.nesterov,
                                weight_decay=setting.weight_decay, fused=True)  # fmt: skip
+    if setting.optimizer == "muon":
+        return Muon(model.parameters(), setting.lr, setting.momentum, setting.weight_decay)
     kind = torch.optim.Adam if setting.optimizer == "adam" else torch.optim.AdamW
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
@@ -204,7 +207,8 @@ def _collect(model: ResNet, optimizer: torch.optim.Optimizer) -> Tensors:
 
 def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
     """Name the tensors of a checkpoint, each with its shape."""
-    kinds = ("momentum_buffer",) * (setting.momentum > 0) if setting.optimizer == "sgd" else ("exp_avg", "exp_avg_sq", "step")
+    of_adam = ("exp_avg", "exp_avg_sq", "step")
+    kinds = {"sgd": ("momentum_buffer",) * (setting.momentum > 0), "muon": ("momentum_buffer",)}.get(setting.optimizer, of_adam)
     shapes: dict[str, Sequence[int]] = {
         f"optimizer.{index}.{kind}": () if kind == "step" else parameter.shape
         for index, parameter in enumerate(model.parameters()) for kind in kinds

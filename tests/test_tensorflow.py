@@ -196,6 +196,9 @@ def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path)
     refused = run(*table, "--framework", "tensorflow", status=2).stderr
     assert "'precision': found 'bfloat16'" in refused
     assert "tensorflow: auto, float32, float64" in refused
+    (tmp_path / "muon.toml").write_text('[[setting]]\nname = "M"\noptimizer = "muon"\n')
+    muon = run("train", tmp_path / "muon.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
+    assert "'optimizer': found 'muon'; allowed with --framework tensorflow: sgd, adam, adamw" in muon
     assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).stderr
     assert "allowed: pytorch, tensorflow" in run(*table, "--framework", "abacus", status=2).stderr
     assert not (tmp_path / "runs").exists()

@@ -14,6 +14,7 @@ import torch
 
 from resnet_cifar10 import run_folder
 from resnet_cifar10.data import Split
+from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.study import run as train_run
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Pat
     assert not (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_every_optimizer_learns_and_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
@@ -186,6 +187,26 @@ def test_every_optimizer_learns_and_resumes_exactly(
         train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
     train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
     assert (tmp_path / "parts/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 27), (2, 64, 32), (1, 20, 20)])
+def test_an_orthogonal_update_keeps_the_directions_and_evens_out_their_lengths(shape: tuple[int, int, int]) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    lengths = torch.linspace(1, 0.01, min(shape[1:]))
+    singular = u.mT @ orthogonal(u @ torch.diag(lengths) @ v) @ v.mT
+    diagonal = singular.diagonal(dim1=1, dim2=2)
+    assert diagonal[:, 0].min() > 0.6
+    assert diagonal.max() < 1.3
+    assert diagonal[lengths.expand_as(diagonal) > 0.05].min() > 0.6
+    torch.testing.assert_close(singular, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
+
+
+def test_a_step_of_muon_has_the_size_of_one_of_adam_and_decays_weights_apart() -> None:
+    weight, unmoved = (torch.nn.Parameter(torch.ones(16, 8, 3, 3)) for _ in range(2))
+    weight.grad, unmoved.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 8, 3, 3)
+    Muon([weight, unmoved], lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    assert torch.allclose(unmoved, torch.full_like(unmoved, 0.95))
+    assert 0.7 < (weight - unmoved).square().mean().sqrt() / (0.1 * RMS) < 1.2
 
 
 def test_patience_waits_for_the_last_decay() -> None:
