@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -58,6 +59,12 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
     return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
 
 
+def line_of(number: int) -> tuple[str, Any]:
+    """Colour and dashes of a line; the colours come again with other dashes."""
+    again, place = divmod(number, len(LINES))
+    return LINES[place][0], LINES[(place + again) % len(LINES)][1]
+
+
 def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
     epochs = np.arange(1, curves.shape[1] + 1)
@@ -69,12 +76,17 @@ def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write (height, text, colour) at the right of the axes, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
     step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
     for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
-        place = max(place + step, min((height - low) / (high - low), 1 - step * (len(ends) - 1 - i)), 0)
+        wanted = axes.transLimits.transform(axes.transScale.transform((1, height)))[1]
+        place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
         axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")
+
+
+def shortened(name: str) -> str:
+    """Cut a name that is too long for a plot."""
+    return name if len(name) < 25 else f"{name[:23]}…"
 
 
 def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
@@ -85,9 +97,9 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
     def paint(figure: Any) -> None:
         axes, ends = figure.subplots(), []
         for i, row in enumerate(rows):
-            curves, line = row.curves("validation_accuracy"), LINES[i % len(LINES)]
+            curves, line = row.curves("validation_accuracy"), line_of(i)
             plot_curves(axes, curves, line)
-            name = row.name if len(row.name) < 25 else f"{row.name[:23]}…"
+            name = shortened(row.name)
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
         if enlarged:
             axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
@@ -102,7 +114,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
 
 def plot_one(row: Row, number: int) -> Picture:
     """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
-    colour = LINES[number % len(LINES)][0]
+    colour, _ = line_of(number)
 
     def paint(figure: Any) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
@@ -137,6 +149,33 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
     told = join([f"{row.name} {difference:+.2f} ({low:+.2f} to {high:+.2f})" for row, difference, low, high in rows])
     alt = f"Test accuracy against {baseline.name}, in points: {told}"
     return draw("differences", alt, (6.4, 0.9 + 0.27 * len(rows)), paint)
+
+
+def plot_signals(rows: Sequence[Row], key: str) -> Picture:
+    """Plot how large the outputs of the blocks are in the initial network (key "activation"), or the gradients there."""
+    alike: dict[str, list[str]] = {}
+    for row in rows:
+        alike.setdefault(json.dumps(row.done[0].result["signals"][key]), []).append(row.name)
+    back = key == "gradient"
+    lines = [(np.array(json.loads(sizes), float)[:: -1 if back else 1], names) for sizes, names in alike.items()]
+    lines = [(sizes / sizes[0] if back else sizes, names) for sizes, names in lines]
+    title = "backward: the loss's gradient, last block = 1" if back else "forward: the output of each block"
+
+    def paint(figure: Any) -> None:
+        axes, ends = figure.subplots(), []
+        for i, (sizes, names) in enumerate(lines):
+            colour, dashes = line_of(i)
+            axes.plot(np.arange(1, len(sizes) + 1), sizes, color=colour, linestyle=dashes)
+            more = f" + {len(names) - 1} more" if len(names) > 1 else ""
+            ends.append((float(sizes[-1]), shortened(names[0]) + more, colour))
+        axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(title, loc="left")
+        axes.set(xlabel="blocks passed, back from the loss" if back else "blocks passed", ylabel="root mean square")
+        label_ends(axes, ends)
+
+    told = join([f"{sizes[-1]:.3g} ({join(names)})" for sizes, names in lines])
+    return draw(f"signals-{key}", f"Signals in the initial networks, {title}; after all blocks: {told}", (4.6, 3.1), paint)
 
 
 def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:

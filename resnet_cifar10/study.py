@@ -27,6 +27,7 @@ from .model import ResNet, parameter_count
 from .photo_like import photo_like
 from .run_folder import best_weights, check_room, locked, resume, save, save_best
 from .settings import Setting
+from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model, read_json, write_json
 from .train import Checkpoint, TrainingFailed
@@ -163,6 +164,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             return {}
         save_best(folder, checkpoint)
         network, config, result = _outcome(setting, seed, training, rows, checkpoint)
+        result["signals"] = signals(config["architecture"], seed, training, start)
         network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         result |= finish(folder / "model", network, config, validation, read("test"), device, stop_if_asked)
         write_json(folder / "result.json", result)

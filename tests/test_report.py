@@ -219,6 +219,22 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     assert "3 seeds a setting" in text
 
 
+def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path) -> None:
+    plain = TWO.model_copy(update={"name": "Plain", "shortcut": "none"})
+    for setting, factor in ((ONE, 1.0), (TWO, 1.0), (plain, 10.0)):
+        file = write_run(tmp_path / "study", setting, 0, 90.0) / "result.json"
+        sizes = {"activation": [1.0, 2.0, 2.0 * factor], "gradient": [3.0 * factor, 2.0, 2.0]}
+        write_json(file, json.loads(file.read_text()) | {"signals": sizes})
+    page = report([tmp_path / "study"], tmp_path / "out").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    for written in (page, text):
+        assert "after all blocks: 20 (Plain) and 2 (Setting #1 and Setting #2)" in written
+        assert "after all blocks: 15 (Plain) and 1.5 (Setting #1 and Setting #2)" in written
+    assert (tmp_path / "out" / "plots" / "signals-gradient.png").exists()
+    shutil.rmtree(tmp_path / "study" / "plain")
+    assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()
+
+
 def test_the_most_confident_mistakes_are_shown(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "study", ONE, 0, 90.0)
     png = base64.b64encode(encoded(np.full((32, 32, 3), 200, np.uint8), "PNG")).decode()

@@ -17,6 +17,7 @@ from resnet_cifar10.data import Split
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
+from resnet_cifar10.signals import signals
 from resnet_cifar10.study import run as train_run
 from resnet_cifar10.train import Checkpoint, TrainingFailed, patience_ended
 
@@ -207,6 +208,18 @@ def test_a_step_of_muon_has_the_size_of_one_of_adam_and_decays_weights_apart() -
     Muon([weight, unmoved], lr=0.1, momentum=0.9, weight_decay=0.5).step()
     assert torch.allclose(unmoved, torch.full_like(unmoved, 0.95))
     assert 0.7 < (weight - unmoved).square().mean().sqrt() / (0.1 * RMS) < 1.2
+
+
+def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_network() -> None:
+    def passed(**changes: object) -> tuple[list[float], list[float]]:
+        found = signals(setting(model="resnet56", **changes).architecture(4), 0, images(256))
+        assert [len(sizes) for sizes in found.values()] == [27, 27]
+        return found["activation"], found["gradient"]
+
+    (_, usual), (_, plain), (unbounded, _) = passed(), passed(shortcut="none"), passed(normalization="none")
+    assert usual[0] / usual[-1] < 30  # multiplied on the way back
+    assert plain[0] / plain[-1] > 300
+    assert unbounded[-1] / unbounded[0] > 1000
 
 
 def test_patience_waits_for_the_last_decay() -> None:
