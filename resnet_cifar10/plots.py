@@ -159,7 +159,7 @@ def plot_signals(rows: Sequence[Row], key: str) -> Picture:
     back = key == "gradient"
     lines = [(np.array(json.loads(sizes), float)[:: -1 if back else 1], names) for sizes, names in alike.items()]
     lines = [(sizes / sizes[0] if back else sizes, names) for sizes, names in lines]
-    title = "backward: the loss's gradient, last block = 1" if back else "forward: the output of each block"
+    title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
 
     def paint(figure: Any) -> None:
         axes, ends = figure.subplots(), []
@@ -169,13 +169,14 @@ def plot_signals(rows: Sequence[Row], key: str) -> Picture:
             more = f" + {len(names) - 1} more" if len(names) > 1 else ""
             ends.append((float(sizes[-1]), shortened(names[0]) + more, colour))
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks passed, back from the loss" if back else "blocks passed", ylabel="root mean square")
         label_ends(axes, ends)
 
     told = join([f"{sizes[-1]:.3g} ({join(names)})" for sizes, names in lines])
-    return draw(f"signals-{key}", f"Signals in the initial networks, {title}; after all blocks: {told}", (4.6, 3.1), paint)
+    return draw(f"signals-{key}", f"Signals in the initial networks, {title}; after all blocks: {told}", (5.6, 3.4), paint)
 
 
 def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
