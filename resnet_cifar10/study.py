@@ -66,9 +66,10 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         for number, ((setting, seed, folder), is_done) in enumerate(zip(runs, done[0], strict=True), 1):
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
+            later = [s.epochs * s.depth for (s, *_), over in zip(runs[number:], done[0][number:], strict=True) if not over]
             if not is_done:
                 with locked(folder) if rank == 0 else nullcontext():
-                    run(setting, seed, read, folder, device, rank, framework)
+                    run(setting, seed, read, folder, device, rank, framework, sum(later))
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
@@ -114,8 +115,10 @@ def _compiling_pays(device: str, precision: str) -> bool:
 
 
 def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
-        framework: str = "pytorch") -> dict[str, Any]:  # fmt: skip
+        framework: str = "pytorch", later: int = 0) -> dict[str, Any]:  # fmt: skip
     """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
+
+    `later` is what other runs still have to do, in epochs x depth; it is told as time.
 
     Returns:
         The content of result.json, whose presence means done.
@@ -159,7 +162,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             rows.append(row)
             if rank == 0:
                 save(folder, rows, checkpoint)
-            print(epoch_line(name, setting.epochs, rows, checkpoint.state), flush=True)
+            print(epoch_line(name, setting, rows, checkpoint.state, later), flush=True)
         if rank > 0:
             return {}
         save_best(folder, checkpoint)
@@ -222,17 +225,23 @@ def _progress(rank: int) -> Iterator[Callable[[int, int, int], None]]:
         yield show
 
 
-def epoch_line(name: str, epochs: int, rows: list[dict[str, Any]], state: dict[str, Any]) -> str:
-    """Say how the last epoch went and how long the others will take."""
+def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: dict[str, Any], later: int) -> str:
+    """Say how the last epoch went and how long the others will take, and the later runs, in proportion to their depth."""
     row, seconds = rows[-1], [r["train_seconds"] + r["validation_seconds"] for r in rows[-5:]]
-    minutes = sorted(seconds)[len(seconds) // 2] * (epochs - row["epoch"]) / 60
-    left = f"{minutes // 60:.0f} h {minutes % 60:.0f} min" if minutes >= 60 else f"{minutes:.1f} min"
+    pace, epochs = sorted(seconds)[len(seconds) // 2], setting.epochs - row["epoch"]
+    left = _duration(pace * epochs)
+    left += f", of all runs {_duration(pace * (epochs + later / setting.depth))}" if later else ""
     validation = ""
     if row["validation_accuracy"] is not None:
         best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
         validation = f"validation {row['validation_accuracy']:.2f} % ({best})  "
-    return (f"{name}: epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2f} %  "
-            f"{validation}lr {row['lr']:.4g}  {seconds[-1]:.0f} s  left {left}")  # fmt: skip
+    done = f"{name}: epoch {row['epoch']}/{setting.epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2f} %"
+    return f"{done}  {validation}lr {row['lr']:.4g}  {seconds[-1]:.0f} s  left {left}"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(seconds / 60, 60)
+    return f"{hours:.0f} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
 
 
 def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]:

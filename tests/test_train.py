@@ -18,6 +18,7 @@ from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.signals import signals
+from resnet_cifar10.study import epoch_line
 from resnet_cifar10.study import run as train_run
 from resnet_cifar10.train import Checkpoint, TrainingFailed, patience_ended
 
@@ -220,6 +221,15 @@ def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_networ
     assert usual[0] / usual[-1] < 30  # multiplied on the way back
     assert plain[0] / plain[-1] > 300
     assert unbounded[-1] / unbounded[0] > 1000
+
+
+def test_the_time_left_counts_the_later_runs_by_their_depth() -> None:
+    row = {"epoch": 4, "train_loss": 1.0, "train_accuracy": 50.0, "validation_accuracy": None, "lr": 0.1,
+           "train_seconds": 25.0, "validation_seconds": 5.0}  # fmt: skip
+    one = setting(model="resnet20", epochs=10)
+    assert epoch_line("One", one, [row], {}, later=0).endswith("lr 0.1  30 s  left 3.0 min")
+    assert epoch_line("One", one, [row], {}, later=10 * 56).endswith("left 3.0 min, of all runs 17.0 min")
+    assert epoch_line("One", one, [row], {}, later=200 * 20).endswith("left 3.0 min, of all runs 1 h 43 min")
 
 
 def test_patience_waits_for_the_last_decay() -> None:
