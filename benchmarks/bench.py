@@ -83,7 +83,7 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     infer = ["-m", "resnet_cifar10", "infer", folder / "photo.jpg"]
     programs = {"python -c 'import torch'": partial(c.program, [sys.executable, "-c", "import torch"]),
                 "resnet-cifar10 infer photo.jpg": partial(c.program, [sys.executable, *infer])}  # fmt: skip
-    readers = {f"in {n} process{'es' * (n > 1)}": partial(c.loading, data, n) for n in sorted({1, os.cpu_count() or 1})}
+    readers = {"Pillow, one after another": partial(c.loading, data, True), "ours": partial(c.loading, data, False)}
     return [
         Group("start to first training step", 80, 1, starts),
         *(training(depth, device) for device in devices for depth in depths),

@@ -244,12 +244,14 @@ def evaluation(test: Split, report: Report) -> None:
         report({f"{len(test):,} images, s": seconds_of(evaluate_model, MODEL, test)})
 
 
-def loading(data: str, processes: int, report: Report) -> None:
-    """Read the training and the test images as the command line does: its processes need not import PyTorch."""
+def loading(data: str, pillow: bool, report: Report) -> None:
+    """Read the training and the test images, in a program of its own; or with Pillow alone, one image after another."""
     program = f"""import time
+from resnet_cifar10 import decode
 from resnet_cifar10.sources import load
+{"decode._quick = lambda content: None" if pillow else ""}
 started = time.perf_counter()
-images = sum(len(load({data!r}, part, {processes})) for part in ("train", "test"))
+images = sum(len(load({data!r}, part, {1 if pillow else os.cpu_count()})) for part in ("train", "test"))
 print(images, time.perf_counter() - started)"""
     while True:
         images, seconds = subprocess.check_output([sys.executable, "-c", program], text=True).split()

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_cifar10.data import CROP_PADDING, CUTOUT_SIZE, Split, batches, hold_out, mean_and_std, normalise
+from resnet_cifar10.decode import decode
+from resnet_cifar10.photo import square
 from resnet_cifar10.sources import load
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
@@ -323,6 +325,18 @@ def test_an_image_of_a_parquet_file_that_does_not_decode_is_named(tmp_path):
     for damaged in (b"", b"not an image", good[:1000], encoded(TEST[0][0], "JPEG")[:400], None):
         write_parquet(tmp_path / "train.parquet", [good, good, damaged, good], [0, 1, 2, 3], CLASSES)
         assert str(tmp_path) in sentence(tmp_path) and "image 2 " in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [32, 40])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2, "quality": 75}, {"progressive": True}], ids=repr)
+def test_a_jpeg_gives_the_pixels_that_pillow_gives(mode, size, options):
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(file, "JPEG", **options)
+    expected = Image.open(file).convert("RGB")
+    expected = expected if size == 32 else square(expected, 32)
+    assert np.array_equal(decode([file.getvalue()], "jpeg")[0], np.asarray(expected))
 
 
 @pytest.mark.parametrize("labels", [[0, 10], [0, -1], [0, None]], ids=repr)
