@@ -31,7 +31,9 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
         ValueError: Naming the image that does not decode, by its file or its number in `name`.
 
     """
-    quick = any(isinstance(item, bytes) and _quick(item) is not None for item in items[:1])  # sooner done than a process starts
+    if not items:
+        raise ValueError(f"{name}: holds no image")
+    quick = isinstance(items[0], bytes) and _quick(items[0]) is not None  # all done before a process starts
     chunks = [(items[i : i + CHUNK], name, i) for i in range(0, len(items), CHUNK)]
     if processes == 1 or len(chunks) == 1 or quick:
         return np.concatenate([_decode(*chunk) for chunk in chunks])
@@ -57,7 +59,7 @@ def _quick(content: bytes) -> Pixels | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         usual = (height, width) == (SIZE, SIZE) and colours in ("YCbCr", "Gray", "RGB")
         return simplejpeg.decode_jpeg(content) if usual else None
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: of a sampling that it has no name for
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -76,6 +75,7 @@ def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write (height, text, colour) at the right of the axes, moved apart where they would overlap."""
+    axes.get_ylim()  # settles the limits
     step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
     for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
@@ -151,32 +151,29 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
     return draw("differences", alt, (6.4, 0.9 + 0.27 * len(rows)), paint)
 
 
-def plot_signals(rows: Sequence[Row], key: str) -> Picture:
-    """Plot how large the outputs of the blocks are in the initial network (key "activation"), or the gradients there."""
-    alike: dict[str, list[str]] = {}
-    for row in rows:
-        alike.setdefault(json.dumps(row.done[0].result["signals"][key]), []).append(row.name)
-    back = key == "gradient"
-    lines = [(np.array(json.loads(sizes), float)[:: -1 if back else 1], names) for sizes, names in alike.items()]
-    lines = [(sizes / sizes[0] if back else sizes, names) for sizes, names in lines]
+def plot_signals(rows: Sequence[Row], groups: Sequence[Sequence[int]], *, back: bool) -> Picture:
+    """Plot how large the outputs of the blocks are in the untrained networks, or the gradients there."""
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
+    lines = []
+    for first, *more in groups:
+        activation, gradient = rows[first].signals  # type: ignore[misc]
+        sizes = gradient[::-1] / gradient[-1] if back else activation
+        lines.append((sizes, shortened(rows[first].name) + (f" + {len(more)} more" if more else ""), line_of(first)))
 
     def paint(figure: Any) -> None:
-        axes, ends = figure.subplots(), []
-        for i, (sizes, names) in enumerate(lines):
-            colour, dashes = line_of(i)
-            axes.plot(np.arange(1, len(sizes) + 1), sizes, color=colour, linestyle=dashes)
-            more = f" + {len(names) - 1} more" if len(names) > 1 else ""
-            ends.append((float(sizes[-1]), shortened(names[0]) + more, colour))
+        axes = figure.subplots()
+        for sizes, _, (colour, dashes) in lines:
+            axes.plot(np.arange(len(sizes)) + (not back), sizes, color=colour, linestyle=dashes)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
-        axes.set(xlabel="blocks passed, back from the loss" if back else "blocks passed", ylabel="root mean square")
-        label_ends(axes, ends)
+        axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
+        label_ends(axes, [(float(sizes[-1]), name, colour) for sizes, name, (colour, _) in lines])
 
-    told = join([f"{sizes[-1]:.3g} ({join(names)})" for sizes, names in lines])
-    return draw(f"signals-{key}", f"Signals in the initial networks, {title}; after all blocks: {told}", (5.6, 3.4), paint)
+    told = join([f"{sizes[-1]:.3g} ({name})" for sizes, name, _ in lines])
+    alt = f"Signals in the untrained networks, {title}; in the {'first' if back else 'last'} block: {told}"
+    return draw(f"signals-{'backward' if back else 'forward'}", alt, (5.6, 3.4), paint)
 
 
 def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:

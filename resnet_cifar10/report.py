@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from .infer import Classifier
 from .photo import read_photo, views
 from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals
-from .results import Row, baseline_of, best_of, differing, join, read_rows, spread, welch
+from .results import Row, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
 from .storage import write
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
@@ -312,8 +312,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     overview += [plot_all(validated, enlarged=True)] if finals and np.ptp(finals) < 10 else []
     plots = [(row, plot_one(row, number)) for number, row in enumerate(started)]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
-    passed = [row for row in rows if row.done and "signals" in row.done[0].result]
-    different = any(row.done[0].result["signals"] != passed[0].done[0].result["signals"] for row in passed)
+    groups = networks(rows)
+    alike = [f"{rows[first].name} also stands for {join([rows[i].name for i in more])}" for first, *more in groups if more]
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
     options += ["--photo-model", photo_model] if photo_model else []
     options += ["--words", words] if words else []
@@ -323,7 +323,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards,
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
-        "signals": [plot_signals(passed, key) for key in ("activation", "gradient")] if different else [],
+        "signals": [plot_signals(rows, groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
+        "alike": "; ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
         "limits": limits(rows, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,

@@ -26,6 +26,7 @@ class Run:
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     environment: dict[str, Any]
+    signals: np.ndarray[Any, Any] | None  # [2, blocks]: outputs and gradients in the untrained network
 
     def curve(self, key: str) -> np.ndarray[Any, Any]:
         """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
@@ -44,6 +45,11 @@ class Row:
     def done(self) -> list[Run]:
         """The finished runs: only these count."""
         return [run for run in self.runs if run.result]
+
+    @property
+    def signals(self) -> np.ndarray[Any, Any] | None:
+        """Those of the first run that has them."""
+        return next((run.signals for run in self.runs if run.signals is not None), None)
 
     def accuracies(self, split: str) -> list[float]:
         """Percent for each finished run; [] where there is no such split."""
@@ -82,7 +88,17 @@ def read_run(folder: Path) -> Run:
     if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
     environment = _read(folder / "environment.json", ("data",)) if metrics else {}
-    return Run(folder, setting, claim["seed"], metrics, result, environment)
+    return Run(folder, setting, claim["seed"], metrics, result, environment, _read_signals(folder / "signals.json"))
+
+
+def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
+    if not file.exists():
+        return None
+    found = _read(file, ("activation", "gradient"))
+    try:
+        return np.array([found["activation"], found["gradient"]], float).reshape(2, -1, 1)[:, :, 0]
+    except (TypeError, ValueError):
+        raise ValueError(f"{file}: damaged: not two lists of numbers, equally long") from None
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:
@@ -143,6 +159,15 @@ def differing(a: Row, b: Row) -> list[str]:
 def baseline_of(rows: Sequence[Row]) -> Row | None:
     """Find the row that the others vary: the one from which they differ in the fewest keys."""
     return min(rows, key=lambda row: sum(len(differing(row, other)) for other in rows), default=None)
+
+
+def networks(rows: Sequence[Row]) -> list[list[int]]:
+    """Group the numbers of the rows whose untrained networks are alike, as far as their signals are known."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.signals is not None:
+            groups.setdefault(repr((row.setting.architecture(0), row.setting.start_from)), []).append(number)
+    return list(groups.values())
 
 
 def spread(values: Sequence[float]) -> str:

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from .data import Split, batches, mean_and_std, normalise
 from .model import ResNet
+from .settings import Setting
 from .storage import Tensors
 
 IMAGES = 128
 
 
-def signals(architecture: dict[str, Any], seed: int, training: Split, first_weights: Tensors | None = None) -> dict[str, Any]:
-    """Send 128 training images through the initial network of a run.
+def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors | None = None) -> dict[str, Any]:
+    """Send up to 128 training images through the initial network of a run.
 
     Returns:
         For each block the root mean square of its output ("activation") and of the loss's gradient there ("gradient"); None
-        where it is too large for a float.
+        where it is no finite number.
 
     """
+    architecture = setting.architecture(len(training.classes))
+    if setting.normalization == "sync_batch":  # one process looks alone
+        architecture["normalization"] = "batch"
     torch.manual_seed(seed)
     network = ResNet(**architecture)
     network.load_state_dict(first_weights or {}, strict=False)
@@ -36,12 +40,13 @@ def signals(architecture: dict[str, Any], seed: int, training: Split, first_weig
     for block in network.blocks:
         block.register_forward_hook(remember)
     mean, std = map(torch.tensor, mean_and_std(training.images))
-    images, targets = next(batches(training, IMAGES, "none", seed, 1, fill=torch.zeros(3, dtype=torch.uint8)))
+    count = min(IMAGES, setting.batch_size)  # no more memory than a step takes
+    images, targets = next(batches(training, count, "none", seed, 1, fill=torch.zeros(3, dtype=torch.uint8)))
     F.cross_entropy(network(normalise(images, mean, std)), targets).backward()  # type: ignore[no-untyped-call]
-    gradients = [output.grad for output in outputs]
-    return {"activation": [_size(output) for output in outputs], "gradient": [_size(g) for g in gradients if g is not None]}
+    return {"activation": [_size(output) for output in outputs], "gradient": [_size(output.grad) for output in outputs]}
 
 
-def _size(x: Tensor) -> float | None:
-    size = float(x.detach().square().mean().sqrt())
+def _size(x: Tensor | None) -> float | None:
+    assert x is not None
+    size = float(x.detach().double().square().mean().sqrt())
     return size if math.isfinite(size) else None

@@ -224,11 +224,12 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
 
 
 def _jpeg_quality(content: bytes) -> int:
-    """Recover the quality setting from the sum of the luminance table, 3,688 at quality 50 (libjpeg, jcparam.c); 0: no JPEG."""
-    with Image.open(io.BytesIO(content)) as image:
-        if image.format != "JPEG":
-            return 0
-        percent = 100 * sum(image.quantization[0]) / 3688  # type: ignore[attr-defined]
+    """Recover the quality setting from the sum of the luminance table (jcparam.c of libjpeg): 3,688 at 50; 0: no usual JPEG."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            percent = 100 * sum(image.quantization[0]) / 3688  # type: ignore[attr-defined]
+    except (OSError, AttributeError, KeyError):
+        return 0
     return round(100 - percent / 2 if percent < 100 else 5000 / percent)
 
 

@@ -66,10 +66,11 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         for number, ((setting, seed, folder), is_done) in enumerate(zip(runs, done[0], strict=True), 1):
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
-            later = [s.epochs * s.depth for (s, *_), over in zip(runs[number:], done[0][number:], strict=True) if not over]
             if not is_done:
+                rest = zip(runs[number:], done[0][number:], strict=True)
+                later = sum(other.epochs * other.depth for (other, *_), over in rest if not over)
                 with locked(folder) if rank == 0 else nullcontext():
-                    run(setting, seed, read, folder, device, rank, framework, sum(later))
+                    run(setting, seed, read, folder, device, rank, framework, later)
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
@@ -137,6 +138,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     found: list[Any] = [resume(folder, facts) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
+    if rank == 0 and not (folder / "signals.json").exists():
+        write_json(folder / "signals.json", signals(setting, seed, training, start))
     rows, checkpoint, not_bit_exact, messages = found[0]
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
@@ -167,7 +170,6 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             return {}
         save_best(folder, checkpoint)
         network, config, result = _outcome(setting, seed, training, rows, checkpoint)
-        result["signals"] = signals(config["architecture"], seed, training, start)
         network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         result |= finish(folder / "model", network, config, validation, read("test"), device, stop_if_asked)
         write_json(folder / "result.json", result)
@@ -240,8 +242,8 @@ def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: d
 
 
 def _duration(seconds: float) -> str:
-    hours, minutes = divmod(seconds / 60, 60)
-    return f"{hours:.0f} h {minutes:.0f} min" if hours else f"{minutes:.1f} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
 
 
 def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]:

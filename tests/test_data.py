@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_cifar10.data import CROP_PADDING, CUTOUT_SIZE, Split, batches, hold_out, mean_and_std, normalise
-from resnet_cifar10.decode import decode
+from resnet_cifar10.decode import _quick, decode
 from resnet_cifar10.photo import square
 from resnet_cifar10.sources import load
 
@@ -336,7 +336,22 @@ def test_a_jpeg_gives_the_pixels_that_pillow_gives(mode, size, options):
     Image.fromarray(noise).convert(mode).save(file, "JPEG", **options)
     expected = Image.open(file).convert("RGB")
     expected = expected if size == 32 else square(expected, 32)
+    assert (_quick(file.getvalue()) is not None) == (size == 32 and mode != "CMYK")
     assert np.array_equal(decode([file.getvalue()], "jpeg")[0], np.asarray(expected))
+
+
+def test_odd_jpegs_are_left_to_pillow_or_still_loaded(tmp_path):
+    usual = encoded(TEST[0][0], "JPEG")
+    sampling = bytearray(usual)
+    sampling[usual.index(b"\xff\xc0") + 11] = 0x14  # one that simplejpeg has no name for
+    profile = usual[:2] + b"\xff\xe2\x00\x0eICC_PROFILE\0" + usual[2:]  # one that Pillow cannot open
+    write_parquet(tmp_path / "train.parquet", [bytes(sampling), profile, usual], [0, 1, 2], CLASSES)
+    assert len(load(tmp_path, "train")) == 3
+
+
+def test_a_parquet_file_without_rows_is_named(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [], [], CLASSES)
+    assert "holds no image" in sentence(tmp_path)
 
 
 @pytest.mark.parametrize("labels", [[0, 10], [0, -1], [0, None]], ids=repr)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from resnet_cifar10 import settings
 from resnet_cifar10.evaluate import wilson_interval
+from resnet_cifar10.plots import INK, draw, label_ends
 from resnet_cifar10.report import AUGMENTATIONS, WORDS, pack, report
 from resnet_cifar10.results import welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
@@ -222,17 +223,31 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
 def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path) -> None:
     plain = TWO.model_copy(update={"name": "Plain", "shortcut": "none"})
     for setting, factor in ((ONE, 1.0), (TWO, 1.0), (plain, 10.0)):
-        file = write_run(tmp_path / "study", setting, 0, 90.0) / "result.json"
         sizes = {"activation": [1.0, 2.0, 2.0 * factor], "gradient": [3.0 * factor, 2.0, 2.0]}
-        write_json(file, json.loads(file.read_text()) | {"signals": sizes})
+        write_json(write_run(tmp_path / "study", setting, 0, 90.0) / "signals.json", sizes)
     page = report([tmp_path / "study"], tmp_path / "out").read_text()
     text = (tmp_path / "out" / "report.md").read_text()
     for written in (page, text):
-        assert "after all blocks: 20 (Plain) and 2 (Setting #1 and Setting #2)" in written
-        assert "after all blocks: 15 (Plain) and 1.5 (Setting #1 and Setting #2)" in written
-    assert (tmp_path / "out" / "plots" / "signals-gradient.png").exists()
+        assert "in the last block: 20 (Plain) and 2 (Setting #1 + 1 more)" in written
+        assert "in the first block: 15 (Plain) and 1.5 (Setting #1 + 1 more)" in written
+        assert "Setting #1 also stands for Setting #2." in written
+    assert (tmp_path / "out" / "plots" / "signals-backward.png").exists()
     shutil.rmtree(tmp_path / "study" / "plain")
     assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()
+
+
+def test_names_stand_where_their_lines_end() -> None:
+    places: list[float] = []
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 50])
+        axes.plot([0, 1], [0, 100])
+        label_ends(axes, [(50.0, "low", INK), (100.0, "high", INK)])
+        places.extend(text.xy[1] for text in axes.texts)
+
+    draw("ends", "", (4, 3), paint)
+    assert places == pytest.approx([0.5, 0.95], abs=0.03)
 
 
 def test_the_most_confident_mistakes_are_shown(tmp_path: Path) -> None:
@@ -345,6 +360,8 @@ def without(file: Path, key: str) -> None:
 @pytest.mark.parametrize(("damage", "said"), [
     (shutil.rmtree, "holds no run"),
     (lambda study: (study / RUN / "result.json").write_text('{"best_epoch": 5'), "result.json: cannot be read"),
+    (lambda study: (study / RUN / "signals.json").write_text('{"activation": [1], "gradient": []}'), "signals.json: damaged"),
+    (lambda study: (study / RUN / "signals.json").write_text('{"activation": {}, "gradient": []}'), "signals.json: damaged"),
     (lambda study: (study / RUN / "setting.json").write_text("[]"), "setting.json: damaged"),
     (lambda study: (study / RUN / "metrics.csv").write_text("epoch\n1\n"), "metrics.csv: not the metrics"),
     (lambda study: (study / RUN / "metrics.csv").unlink(), "metrics.csv"),

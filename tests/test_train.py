@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -203,6 +204,19 @@ def test_an_orthogonal_update_keeps_the_directions_and_evens_out_their_lengths(s
     torch.testing.assert_close(singular, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(8, 20), (20, 8), (1, 16)])
+def test_steps_of_muon_are_those_of_pytorch_for_matrices(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    how = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = Muon([ours], **how), torch.optim.Muon([theirs], nesterov=True, adjust_lr_fn="match_rms_adamw", **how)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.002)  # PyTorch computes in bfloat16
+
+
 def test_a_step_of_muon_has_the_size_of_one_of_adam_and_decays_weights_apart() -> None:
     weight, unmoved = (torch.nn.Parameter(torch.ones(16, 8, 3, 3)) for _ in range(2))
     weight.grad, unmoved.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 8, 3, 3)
@@ -212,15 +226,17 @@ def test_a_step_of_muon_has_the_size_of_one_of_adam_and_decays_weights_apart() -
 
 
 def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_network() -> None:
-    def passed(**changes: object) -> tuple[list[float], list[float]]:
-        found = signals(setting(model="resnet56", **changes).architecture(4), 0, images(256))
+    def passed(**changes: object) -> list[list[float]]:
+        found = signals(setting(model="resnet56", batch_size=128, **changes), 0, images(256))
         assert [len(sizes) for sizes in found.values()] == [27, 27]
-        return found["activation"], found["gradient"]
+        return [[size or math.inf for size in sizes] for sizes in found.values()]
 
     (_, usual), (_, plain), (unbounded, _) = passed(), passed(shortcut="none"), passed(normalization="none")
     assert usual[0] / usual[-1] < 30  # multiplied on the way back
     assert plain[0] / plain[-1] > 300
     assert unbounded[-1] / unbounded[0] > 1000
+    vanishing = passed(shortcut="none", normalization="none", weight_init="pytorch")[1]
+    assert 0 < vanishing[0] < 1e-20 * vanishing[-1]
 
 
 def test_the_time_left_counts_the_later_runs_by_their_depth() -> None:
