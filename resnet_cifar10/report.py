@@ -97,7 +97,7 @@ def meaning(row: Row) -> dict[str, str]:
 
 
 def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
-    """Write the result in two or three sentences."""
+    """Write the result in three or four sentences."""
     runs = [run for row in rows for run in row.runs]
     waiting = sum(not run.result for run in runs)
     last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
@@ -113,6 +113,11 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
         trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
         text += f" It names {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
+        others = [row for row in rows if row is not best and row.accuracies("test")]
+        compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others]
+        alike = [name for name, tested in compared if tested is None or tested[0] >= 0.05]
+        who = join(alike) if len(alike) < 5 else f"{len(alike)} of the others"
+        text += f" The seeds cannot tell it from {who}." if alike else ""
     return text + last
 
 

@@ -178,8 +178,8 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
     assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It names 92.40 ± 0.26 % "
-            "of the 10,000 test images of CIFAR-10 (python archive) correctly (mean ± standard deviation of 3 seeds)."
-            ) in text  # fmt: skip
+            "of the 10,000 test images of CIFAR-10 (python archive) correctly (mean ± standard deviation of 3 seeds). "
+            "The seeds cannot tell it from Setting #3.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
     assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
