@@ -18,7 +18,7 @@ demo: .venv/ready  ## Train two small networks, write a report, classify real ph
 test: .venv/full  ## Style, types and behaviour; warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 torture: .venv/full  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, half an hour
 	$(BIN)/python -m torture --report reports/reliability.md $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))

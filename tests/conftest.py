@@ -24,6 +24,13 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
 
+SLOW = ["test_torture.py", "test_ray.py", "test_distributed.py", "test_tensorflow.py", "test_bench.py", "test_train.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
     """Return the sentence for the user: one line, without characters that a terminal would obey."""

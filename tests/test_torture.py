@@ -21,7 +21,7 @@ def torture(*arguments: str | Path, status: int = 0) -> str:
 
 
 def test_the_short_form_finds_nothing_and_writes_its_table(tmp_path: Path) -> None:
-    torture("--scale", "0.05", "--report", tmp_path / "reliability.md")
+    torture("--scale", "0.02", "--report", tmp_path / "reliability.md")
     report = (tmp_path / "reliability.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("|")][2:]
     assert len(rows) == len(BROKEN)

@@ -227,7 +227,7 @@ def test_a_step_of_muon_has_the_size_of_one_of_adam_and_decays_weights_apart() -
 
 def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_network() -> None:
     def passed(**changes: object) -> list[list[float]]:
-        found = signals(setting(model="resnet56", batch_size=128, **changes), 0, images(256))
+        found = signals(setting(model="resnet56", batch_size=32, **changes), 0, images())
         assert [len(sizes) for sizes in found.values()] == [27, 27]
         return [[size or math.inf for size in sizes] for sizes in found.values()]
 
