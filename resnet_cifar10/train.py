@@ -135,7 +135,9 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         hits = (logits.argmax(1) == targets.argmax(1)).sum()
         return F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing), hits
 
-    fast_step = torch.compile(loss_and_hits) if compiled else loss_and_hits
+    # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
+    mode = "reduce-overhead" if device == "cuda" else None
+    fast_step = torch.compile(loss_and_hits, mode=mode) if compiled else loss_and_hits
     fast_forward = torch.compile(forward) if compiled else forward
     full = len(range(rank, setting.batch_size, processes))  # this process's part of a whole batch
     for epoch in range(state["epoch"] + 1, setting.epochs + 1):
