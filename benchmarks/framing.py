@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.metrics import roc_auc_score
 
 from resnet_cifar10.data import hold_out, normalise
-from resnet_cifar10.export import SHORT_SIDE, framed
+from resnet_cifar10.export import ODDITY_WEIGHT, SHORT_SIDE, describe, framed
 from resnet_cifar10.infer import SIZE, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import boxes, read_photo, reduced, views
@@ -109,12 +109,13 @@ def strangers(images: Array, rng: np.random.Generator) -> dict[str, list[Image.I
     return found
 
 
-def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array]:
-    """Map images [N, 32, 32, 3] to logits [N, classes] and features [N, 64]."""
+def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array, Array]:
+    """Map images [N, 32, 32, 3] to logits [N, classes], features [N, 64] and contrasts [N, 32]."""
     mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
     with torch.inference_mode():
-        parts = [model.features(normalise(part, mean, std)).mean((2, 3)) for part in torch.from_numpy(images).split(500)]
-        return model.linear(torch.cat(parts)).numpy(), torch.cat(parts).numpy()
+        parts = [describe(model, normalise(part, mean, std))[:2] for part in torch.from_numpy(images).split(500)]
+        features, contrasts = map(torch.cat, zip(*parts, strict=True))
+        return model.linear(features).numpy(), features.numpy(), contrasts.numpy()
 
 
 def softmax(logits: Array) -> Array:
@@ -137,10 +138,12 @@ RULES: dict[str, Callable[[Array, float], Array]] = {  # logits [N, V, classes] 
 }
 
 
-def scores(z: Array, f: Array, t: float, means: Array, precision: Array) -> dict[str, Array]:
-    """Compute each rejection score of photos from the logits [N, V, classes] and features [N, V, 64] of their views."""
+def scores(z: Array, f: Array, c: Array, t: float, means: Array, precision: Array, usual: Array) -> dict[str, Array]:
+    """Compute each rejection score of photos from logits [N, V, classes], features [N, V, 64] and contrasts [N, V, 32]."""
     p, unit = softmax(z / t), means / np.linalg.norm(means, axis=1, keepdims=True)
     offset = f[:, :, None] - means
+    cosine = (f @ unit.T / np.linalg.norm(f, axis=2, keepdims=True)).max(2)
+    oddity = np.linalg.norm((c - usual.mean(0)) / usual.std(0), axis=2)
     return {
         "highest mean probability": p.mean(1).max(1),
         "mean of highest probabilities": p.max(2).mean(1),
@@ -148,7 +151,10 @@ def scores(z: Array, f: Array, t: float, means: Array, precision: Array) -> dict
         "agreement of views": (z.argmax(2) == p.mean(1).argmax(1)[:, None]).mean(1),
         "energy": np.log(np.exp(z).sum(2)).mean(1),
         "highest logit": z.max(2).mean(1),
-        "cosine to a class mean": (f @ unit.T / np.linalg.norm(f, axis=2, keepdims=True)).max(2).mean(1),
+        "cosine to a class mean": cosine.mean(1),
+        "oddity of contrasts": -oddity.mean(1),
+        **{f"cosine less {weight} x oddity": (cosine - weight * oddity).mean(1)
+           for weight in (ODDITY_WEIGHT / 2, ODDITY_WEIGHT, 2 * ODDITY_WEIGHT)},
         "distance to a class mean": -np.linalg.norm(offset, axis=3).min(2).mean(1),
         "Mahalanobis distance": -np.sqrt(np.einsum("nvcf,fg,nvcg->nvc", offset, precision, offset).min(2)).mean(1),
     }  # fmt: skip
@@ -175,11 +181,10 @@ def main() -> None:
     sets |= strangers(images, rng)
     names = list(candidates(1, 1))
 
-    def seen(photos: list[Image.Image]) -> tuple[Array, Array]:
+    def seen(photos: list[Image.Image]) -> list[Array]:
         upright = np.array([[reduced(photo, box, SIZE) for box in candidates(*photo.size).values()] for photo in photos])
         both = np.stack([upright, upright[:, :, :, ::-1]], 2)  # [N, boxes, 2, 32, 32, 3]
-        z, f = look(model, config, both.reshape(-1, SIZE, SIZE, 3))
-        return z.reshape(*both.shape[:3], -1), f.reshape(*both.shape[:3], -1)
+        return [x.reshape(*both.shape[:3], -1) for x in look(model, config, both.reshape(-1, SIZE, SIZE, 3))]
 
     looked = {kind: seen(photos) for kind, photos in sets.items()}
 
@@ -201,11 +206,11 @@ def main() -> None:
         print(f"| {text} | {mirrored * len(places)} | {' | '.join(f'{value:.1f}' for value in values)} |")
 
     here = tuple(int(np.abs(np.array(list(candidates(4, 3).values())) - box).sum(1).argmin()) for box in boxes(4, 3))
-    _, f = look(model, config, images)
+    _, f, usual = look(model, config, images)
     means = np.stack([f[held.labels.numpy() == c].mean(0) for c in range(len(held.classes))])
     precision = np.linalg.inv(np.cov((f - means[held.labels.numpy()]).T) + 1e-3 * np.eye(f.shape[1]))
-    flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in pair] for kind, pair in looked.items()}
-    found = {kind: scores(*pair, temperature, means, precision) for kind, pair in flat.items()}
+    flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in each] for kind, each in looked.items()}
+    found = {kind: scores(*each, temperature, means, precision, usual) for kind, each in flat.items()}
     strange = [kind for kind in sets if kind != "members"]
     print(f"\nViews of the package ({', '.join(names[place] for place in here)}; mirrored). AUROC of members against strangers "
           f"({', '.join(f'{len(sets[kind])} {kind}' for kind in strange)}).\n")  # fmt: skip

@@ -6,7 +6,6 @@ import base64
 import io
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from .data import Split, normalise
 from .evaluate import accuracy, evaluate, fit_temperature, predict
-from .infer import SIZE, Classifier, onnx_runtime, read_config, seal
-from .model import ResNet
+from .infer import SIZE, Classifier, onnx_runtime, seal
+from .model import WIDTHS, ResNet
 from .photo import views
 from .storage import load_model, save_model, write
 
@@ -27,6 +26,8 @@ OPSET = 20
 REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
 FRAMED = 2_000  # photos made of validation images, at most, to find it
 SHORT_SIDE = 128  # pixels of these photos
+ODDITY_WEIGHT = 0.02  # cosines for each standard deviation; chosen in docs/photos.md
+NEVER = -1e9  # the rejection threshold of a network without validation images
 
 
 class _Deployed(nn.Module):
@@ -38,20 +39,33 @@ class _Deployed(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]))
         self.register_buffer("std", torch.tensor(config["std"]))
         self.register_buffer("directions", F.normalize(torch.tensor(config["class_means"])))
+        self.register_buffer("contrast_mean", torch.tensor(config["contrast_mean"]))
+        self.register_buffer("contrast_std", torch.tensor(config["contrast_std"]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map images uint8 [N, 32, 32, 3] to the three outputs of the graph.
 
         Returns:
-            Probabilities [N, classes]; membership [N], the cosine between an image's features and the nearest class mean;
-            activation maps [N, classes, 8, 8] (Zhou et al. 2016).
+            Probabilities [N, classes]; membership [N], the cosine between an image's features and the nearest class mean,
+            less what its contrasts are odd by; activation maps [N, classes, 8, 8] (Zhou et al. 2016).
 
         """
-        maps = self.model.features(normalise(images, self.mean, self.std))  # type: ignore[arg-type]
-        features = maps.mean(dim=(2, 3))
-        membership = (F.normalize(features) @ self.directions.T).amax(1)  # type: ignore[operator]
+        features, contrasts, maps = describe(self.model, normalise(images, self.mean, self.std))  # type: ignore[arg-type]
+        cosine = (F.normalize(features) @ self.directions.T).amax(1)  # type: ignore[operator]
+        oddity = ((contrasts - self.contrast_mean) / self.contrast_std).norm(dim=1)  # type: ignore[operator]
         activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
-        return (self.model.linear(features) / self.temperature).softmax(1), membership, activation
+        probabilities = (self.model.linear(features) / self.temperature).softmax(1)
+        return probabilities, cosine - ODDITY_WEIGHT * oddity, activation
+
+
+def describe(model: ResNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Map normalised images to features [N, 64], contrasts [N, 32] and the last maps [N, 64, 8, 8].
+
+    The contrast of a channel is the standard deviation of its map after the second stage: text, noise and patterns that were
+    not trained on have odd ones, whatever class the last stage then takes them for (after Sastry & Oore 2020).
+    """
+    middle, maps = model.maps(x)
+    return maps.mean((2, 3)), middle.std((2, 3)), maps
 
 
 def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[float, int]:
@@ -67,9 +81,10 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     import onnx
 
     network, config = load_model(model)
-    wanted, found = network.linear.weight.shape, np.shape(config.get("class_means") or [])
-    if found != wanted:
-        raise ValueError(f"{model}: config.json: key 'class_means': found numbers of shape {found}; allowed: {tuple(wanted)}")
+    shapes = {"class_means": (len(config["classes"]), WIDTHS[2]), "contrast_mean": WIDTHS[1:2], "contrast_std": WIDTHS[1:2]}
+    for key, wanted in shapes.items():
+        if (found := np.shape(config.get(key) or [])) != wanted:
+            raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
     deployed = _Deployed(network, config).eval()
     if images is None:
         images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -99,10 +114,8 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
 
 
 def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
-           device: str = "cpu", after_part: Callable[[], None] = lambda: None) -> dict[str, Any]:  # fmt: skip
-    """Find temperature, class means and rejection threshold on validation, read the test split, write the model folder.
-
-    What after_part raises between the parts of this work ends it; it can be done again.
+           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
+    """Find on validation all that config.json lacks, read the test split, write the model folder.
 
     The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
 
@@ -111,6 +124,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
 
     """
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
+    members = {"class_means": class_means, "contrast_mean": torch.zeros(WIDTHS[1]), "contrast_std": torch.ones(WIDTHS[1])}
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
         if split is None or not len(split):
@@ -118,35 +132,36 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         logits = predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
-            features = predict(lambda x: model.features(x).mean((2, 3)), split.images.to(device), config["mean"], config["std"])
+            images = split.images.to(device)
+            both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
+            features, contrasts = both[:, : WIDTHS[2]], both[:, WIDTHS[2] :]
             for label in set(split.labels.tolist()):
-                class_means[label] = features[split.labels.to(device) == label].mean(0).cpu()
+                class_means[label] = features[split.labels == label].mean(0)
+            members |= {"contrast_mean": contrasts.mean(0), "contrast_std": contrasts.std(0, correction=0).clamp(1e-3)}
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
         metrics[part]["mistakes"] = mistakes(logits / temperature, split)
         print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
-        after_part()
     config = config | {
-        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": -1.0,
-        "class_means": [[round(value, 6) for value in row] for row in class_means.tolist()],
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,
+        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in members.items()},
         "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
                      for part, values in metrics.items()},
     }  # fmt: skip
     save_model(folder, model, config)
     export(folder, folder / "model.onnx")
-    after_part()
     if len(validation):
-        threshold = rejection_threshold(Classifier(folder), validation.images.numpy())
-        save_model(folder, model, config | {"rejection_threshold": threshold})
-    write_card(folder)
+        config["rejection_threshold"] = rejection_threshold(Classifier(folder), validation.images.numpy())
+        save_model(folder, model, config)
+    write_card(folder, config)
     return metrics
 
 
-def mistakes(logits: Tensor, split: Split, count: int = 12) -> list[dict[str, Any]]:
-    """Show the images that were most confidently taken for another class, each as a PNG in base64."""
+def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
+    """Show the dozen images that were most confidently taken for another class, each as a PNG in base64."""
     probability, predicted = logits.softmax(1).max(1)
     wrong = (predicted != split.labels).nonzero().flatten()
     shown = []
-    for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:count].tolist():
+    for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist():
         png = io.BytesIO()
         Image.fromarray(split.images[index].numpy()).save(png, "PNG")
         shown.append({"index": index, "label": split.classes[split.labels[index]], "predicted": split.classes[predicted[index]],
@@ -182,15 +197,16 @@ def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
     return scene
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, config: dict[str, Any]) -> None:
     """Write README.md, the model card: what the network is, how it was made, how good it is and where it fails."""
-    config = read_config(folder)
     setting, accuracy = config["setting"], config["accuracy"]
     results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
                f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
     keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items())
-    write(folder / "README.md", f"""---
+    write(
+        folder / "README.md",
+        f"""---
 license: mit
 library_name: onnx
 pipeline_tag: image-classification
@@ -207,7 +223,8 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
   chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.{start}
 - Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the cosine
-  between the features of a photo and the nearest class mean, the mean of its views; a photo below
+  between the features of a photo and the nearest class mean, less {ODDITY_WEIGHT} times how many standard deviations the
+  contrasts of its second stage lie from those of validation images; the mean of its views. A photo below
   {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images.
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
@@ -225,4 +242,5 @@ print(session.get_modelmeta().custom_metadata_map["classes"].split(), session.ru
 | key | value |
 | --- | --- |
 {keys}
-""")
+""",
+    )

@@ -19,7 +19,7 @@ CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejecti
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a photo shows. `membership`, -1 to 1: higher = more likely one of the classes; `rejected`: below the threshold."""
+    """What a photo shows. `membership`, at most 1: higher = more likely one of the classes; `rejected`: below the threshold."""
 
     label: str
     probabilities: dict[str, float]
@@ -120,10 +120,6 @@ class Classifier:
             raise ValueError(f"{file}: not an ONNX model: {' '.join(str(error).split())[:120]}") from None
         if shape != (1, len(self.classes)):
             raise ValueError(f"{file}: gives {shape[-1]} classes, config.json names {len(self.classes)}")
-
-    def probabilities(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Map uint8 [N, 32, 32, 3] to calibrated probabilities float32 [N, classes]."""
-        return self.session.run(["probabilities"], {"images": images})[0]  # type: ignore[no-any-return]
 
     def classify(self, views: np.ndarray[Any, np.dtype[np.uint8]]) -> Prediction:
         """Average probabilities and membership over a photo's views [V, 32, 32, 3]; refuse it below the threshold."""

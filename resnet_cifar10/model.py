@@ -55,9 +55,9 @@ class IdentityShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C, H, W] to [N, C + new_channels, H / stride, W / stride]."""
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
+        if self.stride == 1:
+            return x
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
 class Block(nn.Module):
@@ -149,15 +149,19 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Map normalised images [N, 3, 32, 32] to the last feature maps [N, 64, 8, 8]."""
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map normalised images [N, 3, 32, 32] to the maps after stage two, [N, 32, 16, 16], and the last, [N, 64, 8, 8]."""
         x = self.norm(self.conv(x))
-        x = self.blocks(x if self.pre else self.activation(x))
-        return self.activation(self.final_norm(x)) if self.pre else x
+        x = middle = x if self.pre else self.activation(x)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if 3 * number == 2 * len(self.blocks):
+                middle = x
+        return middle, self.activation(self.final_norm(x)) if self.pre else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images [N, 3, 32, 32] to logits [N, classes]."""
-        return self.linear(self.features(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.linear(self.maps(x)[1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def _choose(option: str, value: str, table: dict[str, Any]) -> Any:
