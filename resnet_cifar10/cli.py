@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
 
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # the class above all wrong uses; typer exports only this child
 MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32, resnet32-photos)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
-FRAMEWORK_HELP = "pytorch or tensorflow."
+Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="What computes.")]
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -34,12 +33,12 @@ def train(
     setting: Annotated[list[str] | None, typer.Option(help="Only the setting of this name; can be repeated.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds instead of the file's; can be repeated.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs instead of the file's; schedules scale with them.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.")] = 1,
     gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each run.")] = None,
-    framework: Annotated[str, typer.Option(help=FRAMEWORK_HELP)] = "pytorch",
+    framework: Framework = "pytorch",
 ) -> None:
     """Train what is not done yet; the same command again resumes and skips."""
     from .settings import load_settings
@@ -47,7 +46,7 @@ def train(
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
-    _need("train")
+    _need_pytorch()
     if ray and framework != "pytorch":
         raise ValueError(f"--framework: found {framework!r}; allowed with --ray: pytorch")
     if ray:
@@ -64,15 +63,14 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
-    framework: Annotated[str, typer.Option(help=FRAMEWORK_HELP)] = "pytorch",
+    framework: Framework = "pytorch",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
-    _need("train")
+    _need_pytorch()
     from .sources import load
-    from .study import choose, evaluate_model
+    from .study import evaluate_model
 
-    choose(framework)  # before minutes of reading
     test = load(data, "test", os.cpu_count() or 1)
     if test is None:
         raise ValueError(f"{data}: has no test split")
@@ -168,7 +166,7 @@ def report(
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
-    _need("train")
+    _need_pytorch()
     from .report import pack
     from .report import report as write_report
 
@@ -185,7 +183,7 @@ def export(
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Its test images instead of 256 random ones.")] = None,
 ) -> None:
     """Write a model as one self-contained ONNX file and compare it with PyTorch."""
-    _need("train")
+    _need_pytorch()
     from .export import export as write_onnx
     from .sources import load
 
@@ -220,11 +218,11 @@ def data(
     print(f"CIFAR-10: {download(folder, url)}")
 
 
-def _need(extra: str) -> None:
+def _need_pytorch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise ValueError(f"this command needs PyTorch: pip install 'resnet-cifar10[{extra}]'") from None
+        raise ValueError("this command needs PyTorch: pip install 'resnet-cifar10[train]'") from None
 
 
 def _fail(message: object, status: int) -> NoReturn:
@@ -242,18 +240,17 @@ def main() -> None:
         status: Any = app(standalone_mode=False)
         if status == 130:  # what typer makes of Ctrl-C
             _fail("stopped", 130)
-    except USAGE_ERROR as error:
-        _fail(error.format_message(), 2)  # type: ignore[attr-defined]
+    except typer.TyperException as error:
+        _fail(error.format_message(), 2)
     except ValueError as error:
         _fail(error, 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+    except OSError as error:
+        _fail(error, 1)
     except Exception as error:
-        failures = {"Interrupted": None, "TrainingFailed": 1, "DownloadFailed": 1, "OSError": 1}
-        kind = next((base.__name__ for base in type(error).__mro__ if base.__name__ in failures), None)
-        if kind is None:
-            raise
+        kind = type(error).__name__  # of classes whose rooms are imported only where they are needed
         if kind == "Interrupted":
             _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
+        if kind not in ("TrainingFailed", "DownloadFailed"):
+            raise
         _fail(error, 1)
     sys.exit(status if isinstance(status, int) else 0)

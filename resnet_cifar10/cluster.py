@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
 from .storage import read_json
-from .study import Interrupted, Run, claim, run, run_folders, stop_signals
+from .study import Interrupted, Run, claim, pace, run, run_folders, stop_signals
 from .train import TrainingFailed
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
@@ -59,6 +59,10 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
     with _ray(address) as ray, stop_signals() as received:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = gpus if gpus is not None else 0.5 * (device != "cpu" and any("GPU" in node for node in nodes))
+        if device == "cuda" and not gpus:
+            raise ValueError(
+                "--device: found 'cuda', with no GPU for a run; allowed: auto or cpu, or a part of one with --gpus"
+            )
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
         print(f"reading {data}", flush=True)
@@ -106,16 +110,16 @@ def _progress(runs: Sequence[Run]) -> tuple[Table, str]:
         lock, metrics = folder / ".lock", folder / "metrics.csv"
         where, rows = lock.read_text() if lock.exists() else "", read_metrics(folder) if metrics.exists() else []
         epochs_left.append(setting.epochs - len(rows))
-        paces.append(median(row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]) if rows else None)
+        paces.append(pace(rows) if rows else None)
         if where:
             validation = f"{rows[-1]['validation_accuracy']:.2f} %" if rows and setting.validation_size else ""
             until = f"{datetime.now() + timedelta(seconds=paces[-1] * epochs_left[-1]):%a %H:%M}" if paces[-1] else ""
             table.add_row(f"{setting.name}, seed {seed}", where, f"{len(rows)}/{setting.epochs}", validation, until)
-    known = [pace for pace in paces if pace]
+    known = [seconds for seconds in paces if seconds]
     left = "not known yet"
     if known and table.row_count:  # a run without an epoch yet is taken for a usual one
-        seconds = sum((pace or mean(known)) * epochs for pace, epochs in zip(paces, epochs_left, strict=True))
-        left = f"{seconds / table.row_count / 60:.1f} min"
+        total = sum((seconds or mean(known)) * epochs for seconds, epochs in zip(paces, epochs_left, strict=True))
+        left = f"{total / table.row_count / 60:.1f} min"
     return table, f"{table.row_count} running, {len(runs) - table.row_count} waiting, left {left}"
 
 

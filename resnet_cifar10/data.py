@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .infer import SIZE
+from .photo_like import photo_like
 
 CROP_PADDING = 4  # pixels on each side before the random crop (He et al. 2015, section 4.2)
 CUTOUT_SIZE = 8  # side of the erased square; DeVries & Taylor 2017 take 16 for wider networks and longer runs
 MIXUP_ALPHA = 0.2  # Zhang et al. 2018, section 3.1
-Distortion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int, fill: Tensor, rank: int = 0,
-            processes: int = 1, photo_like: Distortion | None = None) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+            processes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
 
     Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator.
@@ -99,7 +99,6 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         fill: uint8 [3], the colour of the padding: the mean, which normalisation makes zero.
         rank: Of this process among those that share the batches.
         processes: Their number; each gets every so many-th image of a batch.
-        photo_like: What "photo" does to images uint8 [B, 32, 32, 3], given uniform [B, 14] and normal [B, 3, 32, 32] numbers.
 
     Yields:
         images uint8 [B, 32, 32, 3] and the class probabilities to learn, float32 [B, classes].
@@ -138,7 +137,6 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         if "photo" in parts:
             half = images[::2]
             noise = torch.randn(len(half), 3, SIZE, SIZE, generator=rng).to(device)
-            assert photo_like is not None
             images[::2] = photo_like(half, uniform[start : start + len(half)].to(device), noise)
         if "mixup" in parts:  # with the same batch in reverse order
             images = (share[start] * images + (1 - share[start]) * images.flip(0)).round().to(torch.uint8)

@@ -65,9 +65,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
-def wilson_interval(percent: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n images, in percent (Wilson 1927)."""
-    p = percent / 100
+    p, z = percent / 100, 1.959964
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return 100 * (centre - spread) / (1 + z**2 / n), 100 * (centre + spread) / (1 + z**2 / n)
 

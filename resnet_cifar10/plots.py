@@ -96,8 +96,8 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
 
     def paint(figure: Any) -> None:
         axes, ends = figure.subplots(), []
-        for i, row in enumerate(rows):
-            curves, line = row.curves("validation_accuracy"), line_of(i)
+        for row in rows:
+            curves, line = row.curves("validation_accuracy"), line_of(row.number)
             plot_curves(axes, curves, line)
             name = shortened(row.name)
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
@@ -112,9 +112,9 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
     return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
 
 
-def plot_one(row: Row, number: int) -> Picture:
+def plot_one(row: Row) -> Picture:
     """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
-    colour, _ = line_of(number)
+    colour, _ = line_of(row.number)
 
     def paint(figure: Any) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
@@ -130,7 +130,7 @@ def plot_one(row: Row, number: int) -> Picture:
         below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
 
     alt = f"{row.name}: training and validation accuracy by epoch, the learning rate below"
-    return draw(f"{number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
+    return draw(f"{row.number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
 
 
 def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
@@ -151,14 +151,14 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
     return draw("differences", alt, (6.4, 0.9 + 0.27 * len(rows)), paint)
 
 
-def plot_signals(rows: Sequence[Row], groups: Sequence[Sequence[int]], *, back: bool) -> Picture:
-    """Plot how large the outputs of the blocks are in the untrained networks, or the gradients there."""
+def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
+    """Plot how large the outputs of the blocks are in the untrained networks, one of each group, or the gradients there."""
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
     lines = []
     for first, *more in groups:
-        activation, gradient = rows[first].signals  # type: ignore[misc]
+        activation, gradient = first.signals  # type: ignore[misc]
         sizes = gradient[::-1] / gradient[-1] if back else activation
-        lines.append((sizes, shortened(rows[first].name) + (f" + {len(more)} more" if more else ""), line_of(first)))
+        lines.append((sizes, shortened(first.name) + (f" + {len(more)} more" if more else ""), line_of(first.number)))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()

@@ -125,6 +125,7 @@ def compare(row: Row, other: Row) -> str:
     """Say in what a row differs from another, what that gained and whether the seeds can tell."""
     keys, a, b = differing(row, other), row.accuracies("test"), other.accuracies("test")
     values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in keys]
+    values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
     changes = join([f"{key} ({value} instead of {before})" for key, value, before in values]).replace("None", "none")
     text = f"Differs in {changes or 'nothing but the name'}."
     if not a or not b:
@@ -142,13 +143,12 @@ def compare(row: Row, other: Row) -> str:
     p = tested[0]
     text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({len(a)} against {len(b)} seeds, "
              f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
-    return text + (" Which of the changes did it, these runs do not tell." if len(keys) > 1 and p < 0.05 else "")
+    return text + (" Which of the changes did it, these runs do not tell." if len(values) > 1 and p < 0.05 else "")
 
 
-def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
+def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> list[tuple[str, str]]:
     """Write what the numbers carry, and no more: (lead, text)."""
     finished, found = [row for row in rows if row.done], []
-    baseline = baseline_of(finished)
     for row in finished:
         if baseline and row is not baseline:
             found.append((f"{row.name} against {baseline.name}", compare(row, baseline)))
@@ -182,12 +182,12 @@ def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, f
     return sorted(found, key=lambda gain: gain[1])
 
 
-def limits(rows: Sequence[Row], data: str) -> list[str]:
-    """Say what these runs cannot show."""
+def limits(rows: Sequence[Row], data: str, comparisons: int) -> list[str]:
+    """Say what these runs cannot show, of which so many were compared with a test."""
     seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
     said = [f"{span(seeds)} seed{'s' if max(seeds) > 1 else ''} a setting: a difference smaller than its interval is not "
             "evidence of none, the runs just cannot tell."] if seeds else []  # fmt: skip
-    if len(gains(rows, baseline_of(rows))) > 1:
+    if comparisons > 1:
         said.append("Each comparison is tested by itself: at the 5 % level, one in twenty looks real by chance.")
     return [*said, f"Runs of {span(epochs)} epochs: what helps in so many may not help in more or fewer.",
             f"One data set: {data}. The order of settings on other pictures may be another."]  # fmt: skip
@@ -208,7 +208,8 @@ def machine(row: Row) -> dict[str, str]:
         "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
         "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none yet",
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
-        "Processes": processes + (statistics if processes != "1" else ""),
+        "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
+        "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"), "resnet-cifar10, git commit": seen("package", "git_commit"),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip
@@ -315,10 +316,10 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     finals = [row.curves("validation_accuracy").mean(0).max() for row in validated if row.done]
     overview = [plot_all(validated, enlarged=False)] if validated else []
     overview += [plot_all(validated, enlarged=True)] if finals and np.ptp(finals) < 10 else []
-    plots = [(row, plot_one(row, number)) for number, row in enumerate(started)]
+    plots = [(row, plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
-    groups = networks(rows)
-    alike = [f"{rows[first].name} also stands for {join([rows[i].name for i in more])}" for first, *more in groups if more]
+    groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
+    alike = [f"{first.name} also stands for {join([row.name for row in more])}" for first, *more in groups if more]
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
     options += ["--photo-model", photo_model] if photo_model else []
     options += ["--words", words] if words else []
@@ -326,12 +327,12 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
-        "overview": overview, "plots": plots, "findings": findings(rows, best), "photos": cards,
+        "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
-        "signals": [plot_signals(rows, groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
+        "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": "; ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, data),
+        "limits": limits(rows, data, len(changes)),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip

@@ -35,8 +35,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A setting with its runs, ordered by seed."""
+    """A setting with its runs, ordered by seed; the number, its place in the table, gives its colour in all plots."""
 
+    number: int
     name: str
     setting: Setting
     runs: list[Run]
@@ -50,6 +51,11 @@ class Row:
     def signals(self) -> np.ndarray[Any, Any] | None:
         """Those of the first run that has them."""
         return next((run.signals for run in self.runs if run.signals is not None), None)
+
+    @property
+    def framework(self) -> str:
+        """What its runs were trained with."""
+        return "TensorFlow" if any("tensorflow" in run.environment for run in self.runs) else "PyTorch"
 
     def accuracies(self, split: str) -> list[float]:
         """Percent for each finished run; [] where there is no such split."""
@@ -96,7 +102,7 @@ def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
         return None
     found = _read(file, ("activation", "gradient"))
     try:
-        return np.array([found["activation"], found["gradient"]], float).reshape(2, -1, 1)[:, :, 0]
+        return np.array([found["activation"], found["gradient"]], float).reshape(2, -1)
     except (TypeError, ValueError):
         raise ValueError(f"{file}: damaged: not two lists of numbers, equally long") from None
 
@@ -124,8 +130,8 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     if len(data := sorted({run.environment["data"] for runs in rows for run in runs if run.environment})) > 1:
         raise ValueError(f"the runs are on different data ({'; '.join(data)}) and cannot be compared; write a report of each")
     names = [runs[0].setting.name for runs in rows]
-    return [Row(name if names.count(name) == 1 else f"{name} ({runs[0].folder.parents[1].name})", runs[0].setting, runs)
-            for name, runs in zip(names, rows, strict=True)]  # fmt: skip
+    return [Row(number, name if names.count(name) == 1 else f"{name} ({runs[0].folder.parents[1].name})", runs[0].setting, runs)
+            for number, (name, runs) in enumerate(zip(names, rows, strict=True))]  # fmt: skip
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
@@ -161,12 +167,12 @@ def baseline_of(rows: Sequence[Row]) -> Row | None:
     return min(rows, key=lambda row: sum(len(differing(row, other)) for other in rows), default=None)
 
 
-def networks(rows: Sequence[Row]) -> list[list[int]]:
-    """Group the numbers of the rows whose untrained networks are alike, as far as their signals are known."""
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
+def networks(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group the rows whose untrained networks are alike, as far as their signals are known."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
         if row.signals is not None:
-            groups.setdefault(repr((row.setting.architecture(0), row.setting.start_from)), []).append(number)
+            groups.setdefault(repr((row.setting.architecture(0), row.setting.start_from)), []).append(row)
     return list(groups.values())
 
 

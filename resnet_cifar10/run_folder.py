@@ -83,10 +83,9 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
         if len(rows) != epoch:
             raise ValueError(f"{folder / 'metrics.csv'}: found {len(rows)} epochs, the checkpoint has {epoch}")
         before = read_json(folder / "environment.json")
-        not_bit_exact = checkpoint.state.get("not_bit_exact", "") or before.get("not_bit_exact", "")
+        not_bit_exact = before.get("not_bit_exact", "")
         if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
             not_bit_exact = f"resumed after epoch {epoch} with another {', '.join(changed)}"
-        checkpoint.state["not_bit_exact"] = not_bit_exact
     # with the mark: a run that is killed before its next checkpoint must not lose it
     write_json(folder / "environment.json", environment | {"not_bit_exact": not_bit_exact})
     return rows, checkpoint, not_bit_exact, [line for line in (problem, not_bit_exact) if line]

@@ -28,7 +28,7 @@ try:
     from starlette.applications import Starlette
     from starlette.datastructures import Headers, MutableHeaders, UploadFile
     from starlette.exceptions import HTTPException
-    from starlette.formparsers import MultiPartException, MultiPartParser
+    from starlette.formparsers import MultiPartParser
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -123,10 +123,6 @@ class _Upload(Request):
             yield chunk
 
 
-class _FormParser(MultiPartParser):
-    spool_max_size = UPLOAD_BYTES  # no upload touches the disk
-
-
 async def _files(request: Request) -> list[tuple[str, bytes]]:
     """Read the files of a request and their names, which are for display only."""
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
@@ -134,10 +130,7 @@ async def _files(request: Request) -> list[tuple[str, bytes]]:
         return [("-", await request.body())]
     if kind != "multipart/form-data":
         raise HTTPException(415, f"Content-Type {kind}: allowed are image/*, application/octet-stream, multipart/form-data")
-    try:
-        form = await _FormParser(request.headers, request.stream(), max_files=FILES, max_fields=FILES).parse()
-    except MultiPartException as error:
-        raise HTTPException(400, error.message) from None
+    form = await request.form(max_files=FILES, max_fields=FILES)
     files = [(_shown(value.filename), await value.read()) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise HTTPException(422, "the form holds no file")
@@ -157,6 +150,7 @@ def application(model: str, host: str) -> ASGIApp:
 
     """
     config = Classifier(model).config
+    MultiPartParser.spool_max_size = UPLOAD_BYTES  # no upload touches the disk
     slots, idle = asyncio.Semaphore(IN_FLIGHT), asyncio.Queue[_Worker]()
     html = PAGE.read_bytes()
 

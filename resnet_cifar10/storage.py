@@ -41,12 +41,11 @@ def write(path: Path, content: bytes | str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):  # it is there only where something went wrong
             temporary.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{path}: cannot be written: {error.strerror}") from None
-        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from .evaluate import Forward, evaluate, predict
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
 from .model import ResNet, parameter_count
-from .photo_like import photo_like
 from .run_folder import best_weights, check_room, locked, resume, save, save_best
 from .settings import Setting
 from .signals import signals
@@ -89,18 +89,16 @@ class Framework:
 
 
 def choose(framework: str) -> Framework:
-    """Find a framework by its name.
+    """Choose by name, "pytorch" or "tensorflow".
 
     Raises:
-        ValueError: If there is none of this name, or it is not installed.
+        ValueError: If it is not installed.
 
     """
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
 
         return Framework(twin.resolve, twin.train, twin.forward, twin.VERSIONS)
-    if framework != "pytorch":
-        raise ValueError(f"--framework: found {framework!r}; allowed: pytorch, tensorflow")
     return Framework(_resolve, train_in_pytorch, lambda network, _: network, {})
 
 
@@ -151,29 +149,26 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
 
     with stop_signals() as received, _progress(rank) as show:
 
-        def stop_if_asked() -> None:
+        def after_step(epoch: int, step: int, steps: int) -> None:
+            show(epoch, step, steps)
             if received:
                 raise Interrupted(received[0])
 
-        def after_step(epoch: int, step: int, steps: int) -> None:
-            show(epoch, step, steps)
-            stop_if_asked()
-
-        how = (device, precision, compiled, start, checkpoint, after_step, photo_like)
+        how = (device, precision, compiled, start, checkpoint, after_step)
         for row, checkpoint in chosen.train(setting, seed, training, validation, *how):
-            checkpoint.state["not_bit_exact"] = not_bit_exact
             rows.append(row)
             if rank == 0:
                 save(folder, rows, checkpoint)
             print(epoch_line(name, setting, rows, checkpoint.state, later), flush=True)
-        if rank > 0:
-            return {}
-        save_best(folder, checkpoint)
-        network, config, result = _outcome(setting, seed, training, rows, checkpoint)
-        network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        result |= finish(folder / "model", network, config, validation, read("test"), device, stop_if_asked)
-        write_json(folder / "result.json", result)
-        stop_if_asked()
+    if received:
+        raise Interrupted(received[0])
+    if rank > 0:
+        return {}
+    save_best(folder, checkpoint)
+    network, config, result = _outcome(setting, seed, training, rows, checkpoint)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    result |= {"not_bit_exact": not_bit_exact} | finish(folder / "model", network, config, validation, read("test"), device)
+    write_json(folder / "result.json", result)
     return result
 
 
@@ -189,7 +184,6 @@ def _outcome(setting: Setting, seed: int, training: Split, rows: list[dict[str, 
         "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
         "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
         "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
-        "not_bit_exact": checkpoint.state["not_bit_exact"],
     }  # fmt: skip
 
 
@@ -229,16 +223,21 @@ def _progress(rank: int) -> Iterator[Callable[[int, int, int], None]]:
 
 def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: dict[str, Any], later: int) -> str:
     """Say how the last epoch went and how long the others will take, and the later runs, in proportion to their depth."""
-    row, seconds = rows[-1], [r["train_seconds"] + r["validation_seconds"] for r in rows[-5:]]
-    pace, epochs = sorted(seconds)[len(seconds) // 2], setting.epochs - row["epoch"]
-    left = _duration(pace * epochs)
-    left += f", of all runs {_duration(pace * (epochs + later / setting.depth))}" if later else ""
+    row, seconds = rows[-1], pace(rows)
+    epochs = setting.epochs - row["epoch"]
+    left = _duration(seconds * epochs)
+    left += f", of all runs {_duration(seconds * (epochs + later / setting.depth))}" if later else ""
     validation = ""
     if row["validation_accuracy"] is not None:
         best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
         validation = f"validation {row['validation_accuracy']:.2f} % ({best})  "
     done = f"{name}: epoch {row['epoch']}/{setting.epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2f} %"
-    return f"{done}  {validation}lr {row['lr']:.4g}  {seconds[-1]:.0f} s  left {left}"
+    return f"{done}  {validation}lr {row['lr']:.4g}  {row['train_seconds'] + row['validation_seconds']:.0f} s  left {left}"
+
+
+def pace(rows: list[dict[str, Any]]) -> float:
+    """Return the usual seconds of the last epochs; of two the lower ones, for a pause or compiling is no pace."""
+    return median_low([row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]])  # type: ignore[no-any-return]
 
 
 def _duration(seconds: float) -> str:
@@ -256,10 +255,11 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     everything = read("train")
     if everything is None:
         raise ValueError("the data set has no training split")
-    kept, held = hold_out(everything.labels, setting.validation_size, seed)
-    training, validation = everything.subset(kept), everything.subset(held)
     if setting.validation_size and (own := read("val")):
         training, validation = everything, own
+    else:
+        kept, held = hold_out(everything.labels, setting.validation_size, seed)
+        training, validation = everything.subset(kept), everything.subset(held)
     if setting.batch_size > len(training):
         raise ValueError(f"key 'batch_size': found {setting.batch_size}; allowed: at most the {len(training)} training images")
     return training, validation

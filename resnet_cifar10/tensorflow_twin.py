@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Distortion, Split, batches, mean_and_std
+from .data import Split, batches, mean_and_std
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .infer import SIZE
 from .model import GROUPS, WIDTHS, ResNet
@@ -206,7 +206,7 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
 def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
           compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
           after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-          photo_like: Distortion | None = None) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
+          ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
     """Do what train.train does, from the same initial weights; arguments, yields and errors are described there."""
     steps = math.ceil(len(training) / setting.batch_size)
     mean, std = mean_and_std(training.images)
@@ -238,8 +238,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     kinds = (tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8), tf.TensorSpec((None, len(training.classes)), tf.float32))
 
     def arrays(epoch: int) -> Iterator[tuple[Any, Any]]:
-        how = (setting.batch_size, setting.augmentation, seed, epoch, fill)
-        for images, targets in batches(training, *how, photo_like=photo_like):
+        for images, targets in batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill):
             yield images.numpy(), targets.numpy()
 
     def prepare(images: Any, targets: Any) -> tuple[Any, Any]:

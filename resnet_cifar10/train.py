@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
 
-from .data import Distortion, Split, batches, mean_and_std, normalise
+from .data import Split, batches, mean_and_std, normalise
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .model import ResNet
 from .muon import Muon
@@ -70,7 +71,7 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
 def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
           compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
           after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-          photo_like: Distortion | None = None) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
+          ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
 
     Where torch.distributed is initialised, every process does this with the same arguments and gets its part of each batch.
@@ -87,7 +88,6 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         first_weights: Replace the initial weights of the same names.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
-        photo_like: As for data.batches.
 
     Yields:
         The epoch's line of metrics (losses in nats an image, accuracies in percent; None without validation images) and
@@ -146,8 +146,8 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         started = time.perf_counter()
         model.train()
         totals = torch.zeros(2, dtype=torch.float64, device=device)
-        how = (setting.batch_size, setting.augmentation, seed, epoch, fill, rank, processes, photo_like)
-        for step, (images, targets) in enumerate(batches(training, *how)):
+        source = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill, rank, processes)
+        for step, (images, targets) in enumerate(source):
             rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -221,12 +221,12 @@ def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
 def _restore(tensors: Tensors, model: ResNet, optimizer: torch.optim.Optimizer) -> Tensors:
     """Put a checkpoint's tensors where they belong; return those of the best epoch."""
     model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, parameter in enumerate(model.parameters()):
-        prefix = f"optimizer.{index}."
-        for key, tensor in tensors.items():
-            if key.startswith(prefix):  # the fused step needs the strides of the parameter
-                like = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
-                state.setdefault(index, {})[key.removeprefix(prefix)] = like.copy_(tensor)
+    parameters = list(model.parameters())
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, kind = key.split(".")
+            like = parameters[int(index)] if tensor.ndim else tensor  # the fused step needs the strides of the parameter
+            state[int(index)][kind] = torch.empty_like(like).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return {key: tensor for key, tensor in tensors.items() if key.startswith("best.")}

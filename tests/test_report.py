@@ -228,9 +228,9 @@ def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path
     page = report([tmp_path / "study"], tmp_path / "out").read_text()
     text = (tmp_path / "out" / "report.md").read_text()
     for written in (page, text):
-        assert "in the last block: 20 (Plain) and 2 (Setting #1 + 1 more)" in written
-        assert "in the first block: 15 (Plain) and 1.5 (Setting #1 + 1 more)" in written
-        assert "Setting #1 also stands for Setting #2." in written
+        assert "in the last block: 2 (Setting #2 + 1 more) and 20 (Plain)" in written
+        assert "in the first block: 1.5 (Setting #2 + 1 more) and 15 (Plain)" in written
+        assert "Setting #2 also stands for Setting #1." in written
     assert (tmp_path / "out" / "plots" / "signals-backward.png").exists()
     shutil.rmtree(tmp_path / "study" / "plain")
     assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()

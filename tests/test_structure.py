@@ -10,8 +10,8 @@ import pytest
 import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
-CORE = ("settings", "infer", "data", "model", "storage", "evaluate", "muon", "train")
-ORDER = (*CORE, "photo_like", "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
+CORE = ("settings", "infer", "photo_like", "data", "model", "storage", "evaluate", "muon", "train")
+ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
          "run_folder", "tensorflow_twin", "signals", "study", "cluster", "results", "plots", "report", "cli",
          "__main__", "__init__")  # fmt: skip
 

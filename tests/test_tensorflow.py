@@ -200,7 +200,7 @@ def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path)
     muon = run("train", tmp_path / "muon.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
     assert "'optimizer': found 'muon'; allowed with --framework tensorflow: sgd, adam, adamw" in muon
     assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).stderr
-    assert "allowed: pytorch, tensorflow" in run(*table, "--framework", "abacus", status=2).stderr
+    assert "'abacus' is not one of 'pytorch', 'tensorflow'" in run(*table, "--framework", "abacus", status=2).stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -172,9 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Pat
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
-def test_every_optimizer_learns_and_resumes_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-) -> None:
+def test_every_optimizer_learns_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     row = setting(optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.003, nesterov=optimizer == "sgd", epochs=6)
     result = train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
     assert result["test"]["accuracy"] > 50
@@ -246,6 +244,8 @@ def test_the_time_left_counts_the_later_runs_by_their_depth() -> None:
     assert epoch_line("One", one, [row], {}, later=0).endswith("lr 0.1  30 s  left 3.0 min")
     assert epoch_line("One", one, [row], {}, later=10 * 56).endswith("left 3.0 min, of all runs 17.0 min")
     assert epoch_line("One", one, [row], {}, later=200 * 20).endswith("left 3.0 min, of all runs 1 h 43 min")
+    paused = row | {"train_seconds": 2_000.0}
+    assert epoch_line("One", one, [paused, row], {}, later=0).endswith("left 3.0 min")
 
 
 def test_patience_waits_for_the_last_decay() -> None:
