@@ -217,15 +217,8 @@ def quantise(images: Images, out: Path) -> None:
             return None if batch is None else {"images": batch}
 
     logging.disable(logging.WARNING)  # it recommends steps that the exporter has done
-    quantize_static(
-        MODEL / "model.onnx",
-        out,
-        Reader(),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        reduce_range=True,
-    )  # 7 bits: without VNNI sums of two products saturate
+    quantize_static(MODEL / "model.onnx", out, Reader(), per_channel=True, activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8, reduce_range=True)  # 7 bits: without VNNI sums of two products saturate
 
 
 def inference(images: Images, singles: int, build: Callable[..., Callable[[Images], Any]], *how: Any, report: Report) -> None:
