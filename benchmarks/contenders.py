@@ -27,6 +27,7 @@ from resnet_cifar10 import storage
 from resnet_cifar10.data import Split, batches, hold_out, mean_and_std, normalise
 from resnet_cifar10.evaluate import accuracy
 from resnet_cifar10.infer import BUILT_IN, onnx_runtime, read_config
+from resnet_cifar10.machine import keep_memory
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.study import evaluate_model
@@ -98,6 +99,7 @@ def train(split: Split, depth: int, device: str, precision: str, compiled: bool,
     """Run the package's own training loop; after each epoch its seconds are handed over."""
     setting = Setting(name="benchmark", model=f"resnet{depth}", batch_size=batch_size, epochs=epochs, validation_size=0)
     nothing = split.subset(torch.arange(0))
+    keep_memory()  # as study.run does
     for metrics, _ in resnet_cifar10.train.train(setting, 0, split, nothing, device, precision, compiled):
         after_epoch(metrics["train_seconds"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def pick_device(device: str) -> str:
@@ -37,6 +41,14 @@ def computes_in_bfloat16(device: str) -> bool:
 def has_compiler() -> bool:
     """Say whether torch.compile finds a C++ compiler."""
     return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+
+
+def keep_memory() -> None:
+    """Keep what a step frees for the next one; else glibc hands it back, and the system fills each page with zeros again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)  # no large piece apart from the heap, which would end with it
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from .data import Split, hold_out, mean_and_std
 from .evaluate import Forward, evaluate, predict
 from .export import finish
-from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
+from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
 from .run_folder import best_weights, check_room, locked, resume, save, save_best
 from .settings import Setting
@@ -123,6 +123,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         The content of result.json, whose presence means done.
 
     """
+    keep_memory()
     chosen = choose(framework)
     precision, compiled = chosen.resolve(setting, device)
     if setting.compile and not compiled and _compiling_pays(device, precision):

@@ -498,7 +498,7 @@ def test_an_epoch_has_each_image_once_with_its_label():
     assert torch.equal(targets, torch.eye(10)[split.labels[which]])
 
 
-@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "crop_flip_cutout_mixup"])
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "crop_flip_cutout_mixup", "crop_flip_photo"])
 def test_batches_are_a_function_of_seed_and_epoch(augmentation):
     split = marked(150)
     images, targets = epoch_of(split, augmentation, seed=3, epoch=7)

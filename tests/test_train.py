@@ -272,6 +272,6 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_validation_split_of_its_own_is_used_whole(tmp_path: Path) -> None:
-    train_run(setting(), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
+    train_run(setting(validation_size=5_000), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert (environment["training_images"], environment["validation_images"]) == (64, 128)
