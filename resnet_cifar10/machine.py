@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 

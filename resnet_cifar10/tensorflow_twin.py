@@ -1,4 +1,4 @@
-"""The same networks in TensorFlow: Keras layers, our own residual unit, model.fit; weights go both ways, PyTorch's layout."""
+"""The same networks in TensorFlow: Keras layers, our own residual unit; weights go both ways, PyTorch's layout."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Split, batches, mean_and_std
+from .data import Split, batches, mean_and_std, normalise
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .infer import SIZE
 from .model import GROUPS, WIDTHS, ResNet
@@ -235,32 +236,21 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     model.compile(optimizer, keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
                   metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
                            keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
-    kinds = (tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8), tf.TensorSpec((None, len(training.classes)), tf.float32))
-
-    def arrays(epoch: int) -> Iterator[tuple[Any, Any]]:
-        for images, targets in batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill):
-            yield images.numpy(), targets.numpy()
-
-    def prepare(images: Any, targets: Any) -> tuple[Any, Any]:
-        return (tf.cast(images, precision) / 255 - mean) / std, targets
-
-    def start_step(epoch: int, step: int, logs: object) -> None:
-        optimizer.learning_rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
-
-    def end_step(epoch: int, step: int, logs: object) -> None:
-        after_step(epoch, step + 1, steps)
-
+    mean_tensor, std_tensor = torch.tensor(mean), torch.tensor(std)
     for epoch in range(state["epoch"] + 1, setting.epochs + 1):
         if patience_ended(setting, state["epoch"], state["best_epoch"]):
             return
         started = time.perf_counter()
-        dataset = tf.data.Dataset.from_generator(partial(arrays, epoch), output_signature=kinds).map(prepare).prefetch(2)
-        hooks = {"on_train_batch_begin": partial(start_step, epoch), "on_train_batch_end": partial(end_step, epoch)}
-        history = model.fit(dataset, initial_epoch=epoch - 1, epochs=epoch, steps_per_epoch=steps, shuffle=False, verbose=0,
-                            callbacks=[keras.callbacks.LambdaCallback(**hooks)])  # fmt: skip
-        log = {key: values[0] for key, values in history.history.items()}
-        rate = learning_rate(setting, (epoch - 1 / steps) / setting.epochs)
-        if not math.isfinite(log["cross_entropy"]):
+        totals = np.zeros(2)
+        source = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill)
+        for step, (images, targets) in enumerate(source):
+            optimizer.learning_rate = rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
+            x = normalise(images, mean_tensor, std_tensor).permute(0, 2, 3, 1).to(network.linear.weight.dtype)
+            log = model.train_on_batch(x.numpy(), targets.numpy(), return_dict=True)  # the metrics of this batch alone
+            totals += len(images) * np.array([log["cross_entropy"], 100 * log["accuracy"]])
+            after_step(epoch, step + 1, steps)
+        train_loss, train_accuracy = (totals / len(training)).tolist()
+        if not math.isfinite(train_loss):
             raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}")
         trained = time.perf_counter()
         validation_loss = validation_accuracy = None
@@ -274,8 +264,8 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
             state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
             best = {f"best.{key}": tensor.clone() for key, tensor in network.state_dict().items()}
         metrics = {
-            "epoch": epoch, "train_loss": log["cross_entropy"], "train_accuracy": 100 * log["accuracy"],
-            "validation_loss": validation_loss, "validation_accuracy": validation_accuracy, "lr": rate,
+            "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
+            "validation_accuracy": validation_accuracy, "lr": rate,
             "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
         }  # fmt: skip
         moments = {f"optimizer.{index}": torch.tensor(v.numpy()) for index, v in enumerate(optimizer.variables)}
