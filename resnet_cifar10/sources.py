@@ -9,7 +9,6 @@ import pickle
 import pickletools
 import tarfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,15 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     return batch
 
 
-def _from_pickles(read: Callable[[str], bytes | None], where: Path, split: str, source: str) -> Split | None:
-    meta = read("batches.meta")
-    names = _unpickle(meta, f"{where}: batches.meta").get("label_names") if meta is not None else list(CIFAR10_CLASSES)
+def _from_pickles(members: dict[str, bytes], where: Path, split: str, source: str) -> Split | None:
+    names: Any = list(CIFAR10_CLASSES)
+    if "batches.meta" in members:
+        names = _unpickle(members["batches.meta"], f"{where}: batches.meta").get("label_names")
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where}: batches.meta: 'label_names' is not a list of class names")
     images, labels = [], []
-    for name in BATCHES[split]:
-        content = read(name)
-        if content is None:
-            continue
-        batch = _unpickle(content, f"{where}: {name}")
+    for name in (name for name in BATCHES[split] if name in members):
+        batch = _unpickle(members[name], f"{where}: {name}")
         try:
             pixels, batch_labels = batch["data"].pixels(), batch["labels"]
             if pixels.shape != (len(batch_labels), 3 * SIZE * SIZE) or not isinstance(batch_labels, list):
@@ -149,13 +146,10 @@ def _from_pickles(read: Callable[[str], bytes | None], where: Path, split: str, 
 
 
 def _from_folder(folder: Path, split: str) -> Split | None:
-    def read(name: str) -> bytes | None:
-        file = folder / name
-        if file.is_file() and file.stat().st_size > MAX_BATCH_BYTES:
-            raise ValueError(f"{file}: larger than {MAX_BATCH_BYTES:,} bytes")
-        return file.read_bytes() if file.is_file() else None
-
-    return _from_pickles(read, folder, split, "CIFAR-10 (python batches)")
+    files = [folder / name for name in (*BATCHES[split], "batches.meta") if (folder / name).is_file()]
+    if large := [file for file in files if file.stat().st_size > MAX_BATCH_BYTES]:
+        raise ValueError(f"{large[0]}: larger than {MAX_BATCH_BYTES:,} bytes")
+    return _from_pickles({file.name: file.read_bytes() for file in files}, folder, split, "CIFAR-10 (python batches)")
 
 
 def _from_archive(archive: Path, split: str) -> Split | None:
@@ -178,7 +172,7 @@ def _from_archive(archive: Path, split: str) -> Split | None:
         raise ValueError(f"{archive}: damaged or truncated archive: {error}") from None
     if missing := {*BATCHES[split], "batches.meta"} - members.keys():
         raise ValueError(f"{archive}: damaged or truncated archive: lacks {', '.join(sorted(missing))}")
-    return _from_pickles(members.get, archive, split, "CIFAR-10 (python archive)")
+    return _from_pickles(members, archive, split, "CIFAR-10 (python archive)")
 
 
 # --- Hugging Face parquet ---
