@@ -25,8 +25,7 @@ def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -
         for place, picture in enumerate((photo, heat)):
             canvas.paste(ImageOps.pad(picture, (TILE, TILE), color="white"), (x + place * (TILE + GAP), y))
         y += TILE + 6
-        verdict = f"none of these {len(prediction.probabilities)}" if prediction.rejected else prediction.label
-        draw.text((x, y), verdict, "#b00020" if prediction.rejected else "#111111", bold)
+        draw.text((x, y), prediction.verdict, "#b00020" if prediction.rejected else "#111111", bold)
         draw.text((x, y + LINE), name if len(name) <= 45 else name[:44] + "…", "#666666", small)
         highest = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
         for row, (label, probability) in enumerate(highest, 2):

@@ -26,11 +26,14 @@ class Prediction:
     membership: float
     rejected: bool
 
+    @property
+    def verdict(self) -> str:
+        """The label, or "none of these" and how many there are."""
+        return f"none of these {len(self.probabilities)}" if self.rejected else self.label
+
     def __str__(self) -> str:
         percent = f"{100 * self.probabilities[self.label]:.0f} %"
-        if self.rejected:
-            return f"none of these {len(self.probabilities)} (most like: {self.label}, {percent})"
-        return f"{self.label}, {percent}"
+        return f"{self.verdict} (most like: {self.label}, {percent})" if self.rejected else f"{self.label}, {percent}"
 
 
 def model_folder(model: str | Path) -> Path:

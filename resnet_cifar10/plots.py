@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .results import Row, join
 from .settings import slug
@@ -56,6 +58,14 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
         body = body.replace(colour, f"var(--{shade})")
     box = opening.split('viewBox="')[1].split('"')[0]
     return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
+
+
+def raster(file: str, alt: str, image: Image.Image) -> Picture:
+    """Make a picture of pixels, of the format that the file's name asks for."""
+    content = io.BytesIO()
+    image.save(content, "JPEG" if file.endswith(".jpg") else "PNG", quality=88)
+    inline = f"data:image/{'jpeg' if file.endswith('.jpg') else 'png'};base64,{base64.b64encode(content.getvalue()).decode()}"
+    return Picture(file, alt, content.getvalue(), inline)
 
 
 def line_of(number: int) -> tuple[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from .infer import Classifier
 from .photo import read_photo, views
-from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals
+from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
 from .results import Row, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
 from .storage import write
 
@@ -240,11 +240,8 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
     for i, mistake in enumerate(mistakes):
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
             sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), (i % 6 * 104, i // 6 * 104))
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
-    inline = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return Picture("plots/mistakes.png", f"The most confident mistakes: {told}", png.getvalue(), inline)
+    return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
 
 
 def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str, Any]]:
@@ -253,13 +250,10 @@ def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str,
     for number, file in enumerate(photos, 1):
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
-        verdict = f"none of these {len(classifier.classes)}" if prediction.rejected else prediction.label
-        jpeg = io.BytesIO()
-        ImageOps.contain(photo, (320, 320)).save(jpeg, "JPEG", quality=88)
-        inline = f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
-        picture = Picture(f"plots/photo-{number}.jpg", f"{file.name}: {verdict}", jpeg.getvalue(), inline)
+        shown = f"{file.name}: {prediction.verdict}"
+        picture = raster(f"plots/photo-{number}.jpg", shown, ImageOps.contain(photo, (320, 320)))
         bars = sorted(((100 * p, name) for name, p in prediction.probabilities.items()), reverse=True)[:3]
-        cards.append({"name": file.name, "verdict": verdict, "rejected": prediction.rejected, "bars": bars, "picture": picture})
+        cards.append({"name": file.name, "prediction": prediction, "bars": bars, "picture": picture})
     return cards
 
 
