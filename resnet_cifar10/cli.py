@@ -99,7 +99,7 @@ def infer(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Classify photos; needs no PyTorch."""
-    from .infer import Classifier
+    from .infer import Classifier, printable
     from .photo import read_photo, views
 
     names = _photos(photo)
@@ -109,19 +109,19 @@ def infer(
     answers, pictures = [], []
     for name in names:
         try:
-            image = read_photo(BytesIO(sys.stdin.buffer.read()) if name == "-" else Path(name))
+            image = read_photo(_standard_input() if name == "-" else Path(name))
         except ValueError as error:  # the other photos still count
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             continue
         prediction = classifier.classify(views(image))
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(f"{name}: {prediction}")
+            print(f"{printable(name)}: {prediction}")
         if figure or explain:
             from .explain import activation, heat_map
 
             heat = heat_map(image, activation(classifier, image, prediction.label))
-            pictures.append((Path(name).name, image, heat, prediction))
+            pictures.append((printable(Path(name).name), image, heat, prediction))
     if as_json:
         print(json.dumps(answers))
     if explain and pictures:
@@ -134,12 +134,18 @@ def infer(
         raise typer.Exit(2)
 
 
+def _standard_input() -> BytesIO:
+    if sys.stdin is None:  # closed by the shell, as in "infer - <&-"
+        raise ValueError("standard input: closed; allowed: the bytes of a photo")
+    return BytesIO(sys.stdin.buffer.read())
+
+
 def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         path = Path(argument)
         try:
-            files = path.iterdir() if path.is_dir() else None
+            files = [file for file in path.iterdir() if file.is_file() and file.name[0] != "."] if path.is_dir() else None
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
         inside = [argument] if files is None else sorted(str(file) for file in files if file.suffix.lower() in PHOTO_SUFFIXES)
@@ -167,9 +173,11 @@ def report(
 ) -> None:
     """Write the report of finished and unfinished runs."""
     _need_pytorch()
-    from .report import pack
+    from .report import check_archive, pack
     from .report import report as write_report
 
+    if archive:
+        check_archive(archive)
     print(f"report: {write_report(runs, out, photo or [], photo_model, words)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
@@ -186,6 +194,9 @@ def export(
     _need_pytorch()
     from .export import export as write_onnx
     from .sources import load
+
+    if out.is_dir():
+        raise ValueError(f"--out: found the folder {out}; allowed: the name of a file")
 
     test = load(data, "test") if data else None
     if data and test is None:
@@ -226,7 +237,9 @@ def _need_pytorch() -> None:
 
 
 def _fail(message: object, status: int) -> NoReturn:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    from .infer import printable
+
+    print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -37,8 +38,9 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
     chunks = [(items[i : i + CHUNK], name, i) for i in range(0, len(items), CHUNK)]
     if processes == 1 or len(chunks) == 1 or quick:
         return np.concatenate([_decode(*chunk) for chunk in chunks])
-    with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn")) as pool:
-        return np.concatenate([part.result() for part in [pool.submit(_decode, *chunk) for chunk in chunks]])
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a traceback of its own
+    with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn"), signal.signal, quiet) as pool:
+        return np.concatenate(list(pool.map(_decode, *zip(*chunks, strict=True))))
 
 
 def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:

@@ -200,6 +200,15 @@ def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
 def write_card(folder: Path, config: dict[str, Any]) -> None:
     """Write README.md, the model card: what the network is, how it was made, how good it is and where it fails."""
     setting, accuracy = config["setting"], config["accuracy"]
+    chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
+    chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
+    members = f"""\
+Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the cosine
+  between the features of a photo and the nearest class mean, less {ODDITY_WEIGHT} times how many standard deviations the
+  contrasts of its second stage lie from those of validation images; the mean of its views. A photo below
+  {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images."""
+    if not accuracy["validation"]:
+        members = 'No photo is answered with "none of these": that takes validation images.'
     results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
                f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
@@ -207,7 +216,6 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
     write(
         folder / "README.md",
         f"""---
-license: mit
 library_name: onnx
 pipeline_tag: image-classification
 ---
@@ -221,11 +229,8 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 {chr(10).join(results)}
 
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
-  chosen on validation. The test images were looked at once, after that choice. One run: n = 1 seed.{start}
-- Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the cosine
-  between the features of a photo and the nearest class mean, less {ODDITY_WEIGHT} times how many standard deviations the
-  contrasts of its second stage lie from those of validation images; the mean of its views. A photo below
-  {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images.
+  {chosen}. One run: n = 1 seed.{start}
+- {members}
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
 `model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,
@@ -236,7 +241,8 @@ import numpy, onnxruntime
 from PIL import Image
 session = onnxruntime.InferenceSession("model.onnx")
 image = numpy.asarray(Image.open("photo.jpg").convert("RGB").resize((32, 32), Image.Resampling.BOX))
-print(session.get_modelmeta().custom_metadata_map["classes"].split(), session.run(["probabilities"], {{"images": image[None]}}))
+print(session.get_modelmeta().custom_metadata_map["classes"].split("\\n"))
+print(session.run(["probabilities"], {{"images": image[None]}})[0])
 ```
 
 | key | value |

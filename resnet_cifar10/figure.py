@@ -32,6 +32,9 @@ def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -
             top = y + row * LINE
             draw.rectangle((x + 100, top + 3, x + 300, top + 15), "#e6e6e6")
             draw.rectangle((x + 100, top + 3, x + 100 + round(200 * probability), top + 15), "#2a6fbb")
-            draw.text((x, top), label, "#111111", small)
+            shown = label
+            while draw.textlength(shown, small) > 94:  # the bars begin at 100
+                shown = shown.rstrip("…")[:-1] + "…"
+            draw.text((x, top), shown, "#111111", small)
             draw.text((x + 310, top), f"{100 * probability:.0f} %", "#111111", small)
     return canvas

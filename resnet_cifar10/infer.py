@@ -17,6 +17,11 @@ SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf: one more entry of an ONNX file'
 CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejection_threshold")
 
 
+def printable(name: str) -> str:
+    """Show a file's name on one line; what no terminal can show becomes a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a photo shows. `membership`, at most 1: higher = more likely one of the classes; `rejected`: below the threshold."""
@@ -44,11 +49,11 @@ def model_folder(model: str | Path) -> Path:
 
     """
     path = Path(model)
+    if (path / "setting.json").is_file() and not (path / "result.json").is_file():
+        raise ValueError(f"{path}: this run is not finished; the same train command again goes on with it")
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder
-    if (path / "setting.json").is_file():
-        raise ValueError(f"{path}: this run is not finished; the same train command again goes on with it")
     if (BUILT_IN / str(model) / "config.json").is_file():
         return BUILT_IN / str(model)
     names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir())) if BUILT_IN.is_dir() else ""

@@ -77,7 +77,7 @@ def line_of(number: int) -> tuple[str, Any]:
 def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
     epochs = np.arange(1, curves.shape[1] + 1)
-    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1])
+    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1], marker="o" if len(epochs) == 1 else None)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) > 1:
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
@@ -112,7 +112,8 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             name = shortened(row.name)
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
         if enlarged:
-            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
+            finished = [value for row, value in zip(rows, highest, strict=True) if row.done]
+            axes.set_ylim(min(finished) - 3, max(finished) + 0.7)
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .infer import Classifier
+from .infer import Classifier, printable
 from .photo import read_photo, views
 from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
-from .results import Row, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
+from .results import Row, Run, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
 from .storage import write
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
@@ -89,7 +89,7 @@ def meaning(row: Row) -> dict[str, str]:
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Training time (m)": "training and validation, mean over the seeds; comparable on one machine only",
         "Early stopping epoch": "the epoch whose weights were kept, that of the best validation accuracy (first–last where "
-                                "seeds differ)",
+                                "seeds differ)" if s.validation_size else "the last one: no images were held out to choose by",
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
                     "the mean ± sample standard deviation over n seeds",
@@ -104,7 +104,8 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
     if best is None:
         reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
         return f"No setting can be called the best on {data} yet: {reason}.{last}"
-    rivals, tests, validation = sum(bool(row.done) for row in rows), best.accuracies("test"), best.accuracies("validation")
+    tests, validation = best.accuracies("test"), best.accuracies("validation")
+    rivals = sum(bool(row.accuracies("validation")) for row in rows)
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
         text = f"{best.name} is the best of {rivals} settings by validation accuracy ({spread(validation)} %)."
@@ -129,9 +130,10 @@ def compare(row: Row, other: Row) -> str:
     changes = join([f"{key} ({value} instead of {before})" for key, value, before in values]).replace("None", "none")
     text = f"Differs in {changes or 'nothing but the name'}."
     if not a or not b:
-        return f"{text} One of the two has no test accuracy to compare."
+        return f"{text} There is no test accuracy of {'one of the two' if a or b else 'either'} to compare."
     gain = float(np.mean(a) - np.mean(b))
-    text += f" {abs(gain):.2f} points {'better' if gain > 0 else 'worse'} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
+    amount = "No difference" if f"{abs(gain):.2f}" == "0.00" else f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'}"
+    text += f" {amount} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
     if len(a) < 2 or len(b) < 2:
         intervals = [each.done[0].result["test"]["interval_95"] for each in (row, other)]
         ranges = " and ".join(f"{low:.1f} to {high:.1f} %" for low, high in intervals)
@@ -165,8 +167,9 @@ def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> lis
         curves = [run.curve("validation_accuracy") for run in row.done]
         flat.append(f"{span(int((c >= c.max() - 1).argmax()) + 1 for c in curves)} of {row.setting.epochs} ({row.name})")
     if gaps:
+        augmented = any(row.setting.augmentation != "none" for row in finished)
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch: {join(gaps)}. Training accuracy "
-                      "is counted during the epoch, on augmented images.".replace("(-", "(−")))  # fmt: skip
+                      f"is counted during the epoch{', on augmented images' * augmented}.".replace("(-", "(−")))  # fmt: skip
         text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
         found.append(("Where the curves flatten", text))
     return found
@@ -189,8 +192,8 @@ def limits(rows: Sequence[Row], data: str, comparisons: int) -> list[str]:
             "evidence of none, the runs just cannot tell."] if seeds else []  # fmt: skip
     if comparisons > 1:
         said.append("Each comparison is tested by itself: at the 5 % level, one in twenty looks real by chance.")
-    return [*said, f"Runs of {span(epochs)} epochs: what helps in so many may not help in more or fewer.",
-            f"One data set: {data}. The order of settings on other pictures may be another."]  # fmt: skip
+    return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
+            "fewer.", f"One data set: {data}. The order of settings on other pictures may be another."]  # fmt: skip
 
 
 def machine(row: Row) -> dict[str, str]:
@@ -206,7 +209,7 @@ def machine(row: Row) -> dict[str, str]:
     marked = [f"seed {run.seed}, {run.result['not_bit_exact']}" for run in row.done if run.result.get("not_bit_exact")]
     return {
         "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
-        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none yet",
+        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none",
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
@@ -215,9 +218,14 @@ def machine(row: Row) -> dict[str, str]:
     }  # fmt: skip
 
 
+def best_run(best: Row) -> Run:
+    """Choose the run of the best setting with the best validation accuracy."""
+    return max(best.done, key=lambda run: (run.result["validation"] or {"accuracy": 0})["accuracy"])
+
+
 def best_section(best: Row) -> dict[str, Any] | None:
     """Show the best run of the best setting: confusion, classes, calibration; None where nothing was evaluated."""
-    run = max(best.done, key=lambda each: (each.result["validation"] or {"accuracy": 0})["accuracy"])
+    run = best_run(best)
     split = "test" if run.result["test"] else "validation"
     m = run.result[split]
     if not m:
@@ -226,10 +234,11 @@ def best_section(best: Row) -> dict[str, Any] | None:
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
     text = (f"Confidence and accuracy are {m['calibration_error']:.1f} points apart on average (expected calibration error) "
-            f"and the log-loss is {m['negative_log_likelihood']:.3f}; dividing the logits by the temperature "
-            f"{m['temperature']:.2f}, found on validation images, brings that to {m['calibration_error_scaled']:.1f} points "
-            f"and {m['negative_log_likelihood_scaled']:.3f}.")  # fmt: skip
-    return {"name": best.name, "seed": run.seed, "split": split, "metrics": m, "folder": run.folder, "confused": join(pairs),
+            f"and the log-loss is {m['negative_log_likelihood']:.3f}")
+    text += (f"; dividing the logits by the temperature {m['temperature']:.2f}, found on validation images, brings that to "
+             f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
+             if run.result["validation"] else ".")  # fmt: skip
+    return {"name": best.name, "seed": run.seed, "split": split, "metrics": m, "confused": join(pairs),
             "calibration": text, "confusion": plot_confusion(m, split), "mistakes": m.get("mistakes", []),
             "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None}  # fmt: skip
 
@@ -250,10 +259,11 @@ def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str,
     for number, file in enumerate(photos, 1):
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
-        shown = f"{file.name}: {prediction.verdict}"
+        name = printable(file.name)
+        shown = f"{name}: {prediction.verdict}"
         picture = raster(f"plots/photo-{number}.jpg", shown, ImageOps.contain(photo, (320, 320)))
         bars = sorted(((100 * p, name) for name, p in prediction.probabilities.items()), reverse=True)[:3]
-        cards.append({"name": file.name, "prediction": prediction, "bars": bars, "picture": picture})
+        cards.append({"name": name, "prediction": prediction, "bars": bars, "picture": picture})
     return cards
 
 
@@ -300,7 +310,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     best, baseline = best_of(rows), baseline_of([row for row in rows if row.done])
     changes = gains(rows, baseline)
     section = best_section(best) if best else None
-    model = photo_model or (section and section["folder"])
+    model = photo_model or (best and best_run(best).folder)
     if photos and not model:
         raise ValueError("--photo: no run is finished that could classify photos; name a model with --photo-model")
     classifier = Classifier(model) if photos and model else None
@@ -319,6 +329,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     options += ["--words", words] if words else []
     content: dict[str, Any] = {
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
+        "finished": any(row.done for row in rows),
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
@@ -345,6 +356,12 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     return out / "report.html"
 
 
+def check_archive(out_zip: Path) -> None:
+    """Make sure that a file can be the archive, before a report is written for it."""
+    if out_zip.suffix.lower() != ".zip" or out_zip.is_dir():
+        raise ValueError(f"{out_zip}: allowed: a file name that ends in .zip")
+
+
 def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     """Pack the sources and the report into one archive for handing in; equal files give equal bytes.
 
@@ -355,8 +372,7 @@ def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     for needed in (report_folder / "report.html", package_root / "pyproject.toml"):
         if not needed.is_file():
             raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
-    if out_zip.suffix.lower() != ".zip" or out_zip.is_dir():
-        raise ValueError(f"{out_zip}: allowed: a file name that ends in .zip")
+    check_archive(out_zip)
     files = {Path("report") / file.relative_to(report_folder): file
              for file in (*report_folder.glob("report.*"), *report_folder.glob("plots/*"))}  # fmt: skip
     for source in (package_root / name for name in SOURCES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,11 +128,34 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
             raise ValueError(f"{run.folder}: the same setting and seed as {seeds[run.seed].folder}; give one of them")
         seeds[run.seed] = run
     rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
-    if len(data := sorted({run.environment["data"] for runs in rows for run in runs if run.environment})) > 1:
-        raise ValueError(f"the runs are on different data ({'; '.join(data)}) and cannot be compared; write a report of each")
+    _check_same_data([run for runs in rows for run in runs])
     names = [runs[0].setting.name for runs in rows]
-    return [Row(number, name if names.count(name) == 1 else f"{name} ({runs[0].folder.parents[1].name})", runs[0].setting, runs)
+    return [Row(number, name if names.count(name) == 1 else f"{name} ({_place(runs[0], rows)})", runs[0].setting, runs)
             for number, (name, runs) in enumerate(zip(names, rows, strict=True))]  # fmt: skip
+
+
+def _check_same_data(runs: Sequence[Run]) -> None:
+    """Make sure that runs can be compared: one data set by its name, its classes and, where they must be alike, its images."""
+    first: dict[Any, tuple[Run, Any]] = {}
+    for run in (run for run in runs if run.environment):
+        facts = {"data": run.environment["data"]}
+        facts |= {f"training images of seed {run.seed}, {run.setting.validation_size}": run.environment.get("training_sha256")}
+        for split in ("validation", "test"):
+            if measured := run.result.get(split):
+                facts |= {f"{split} classes": list(measured["per_class"])}
+        for key, value in facts.items():
+            other, found = first.setdefault(key, (run, value))
+            if found != value:
+                what = f"{found}; {value}" if key == "data" else f"other {key.split(' of ')[0]}"
+                raise ValueError(f"{other.folder} and {run.folder} are on different data ({what}) and cannot be compared; "
+                                 "write a report of each")  # fmt: skip
+
+
+def _place(run: Run, rows: Sequence[Sequence[Run]]) -> str:
+    """Tell a row from another of the same name by its folder, as far as the folders differ."""
+    alike = [str(runs[0].folder.parents[1]) for runs in rows if runs[0].setting.name == run.setting.name]
+    place = str(run.folder.parents[1].relative_to(os.path.commonpath(alike)))
+    return run.folder.parents[1].name if place == "." else place
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
@@ -145,8 +169,11 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] 
 
     if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) == 0:
         return None
-    test = stats.ttest_ind(a, b, equal_var=False)
-    return float(test.pvalue), *map(float, test.confidence_interval(0.95))  # type: ignore[return-value]
+    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    difference, error = np.mean(a) - np.mean(b), np.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = stats.t.ppf(0.975, freedom) * error
+    return float(2 * stats.t.sf(abs(difference) / error, freedom)), float(difference - half), float(difference + half)
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:

@@ -118,7 +118,7 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES:,} bytes")
-        values = tomllib.loads(content.decode())
+        values = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -147,8 +147,9 @@ def _validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
         key = ".".join(str(part) for part in first["loc"])
         message = f"key '{key}': found {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)[0]
-            message = f"unknown key '{one_line(key)}'; did you mean '{near}'?"
+            near = difflib.get_close_matches(key, kind.model_fields, n=1)
+            help_with = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(kind.model_fields)}"
+            message = f"unknown key '{one_line(key)}'; {help_with}"
         elif first["type"] == "missing":
             message = f"key '{key}' is missing"
         elif first["type"] == "value_error":  # our own sentence

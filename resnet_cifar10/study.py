@@ -316,14 +316,15 @@ def claim(runs: Sequence[Run], read: Reader, framework: str = "pytorch") -> None
         ValueError: Before anything is written.
 
     """
-    claims = [(folder, _claim(setting, seed, folder, read, framework)) for setting, seed, folder in runs]
+    to_come = {folder.resolve() for *_, folder in runs}
+    claims = [(folder, _claim(setting, seed, folder, read, framework, to_come)) for setting, seed, folder in runs]
     for folder, content in claims:
         if not (folder / "setting.json").exists():
             with locked(folder):  # another process may be about to claim it too
                 write_json(folder / "setting.json", content)
 
 
-def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str) -> dict[str, Any]:
+def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, to_come: set[Path]) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
@@ -334,12 +335,15 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         if not isinstance(found, dict) or not isinstance(found.get("setting"), dict):
             raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
         before, now = ({"framework": "pytorch", **value["setting"], **value, "setting": None} for value in (found, claim))
-        if differ := [f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]:
+        if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
+                      else f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]:
             raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
+        if setting.start_from and Path(setting.start_from).resolve() not in to_come:
+            _first_weights(setting, seed, training)
     return claim
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
                     for file in (ROOT / "README.md", BUILT_IN / "resnet32-photos" / "README.md"))  # fmt: skip
     said, listed = (subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True) for lines in (readme, card))
     assert said.strip() == classifier.classes[expected.argmax()]
-    classes, _, probabilities = listed.partition("[array(")
+    classes, _, probabilities = listed.partition("\n")
     assert classes.strip() == str(classifier.classes)
     numbers = [float(number) for number in re.findall(r"\d\.[\de.+-]+", probabilities)]
     assert numbers == pytest.approx(expected.tolist(), abs=1e-4)
@@ -300,6 +301,27 @@ def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: 
     assert a["probabilities"] == stdin["probabilities"]
     (tmp_path / "empty").mkdir()
     assert cli("infer", tmp_path / "empty", "--model", model)[0] == 2
+
+
+def test_odd_names_are_shown_on_one_line_and_what_a_system_hides_is_no_photo(
+    model: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(b"\xff\x1b[31m.png")
+    for name in (odd, "._hidden.png"):
+        photo.save(tmp_path / name)
+    (tmp_path / "album.jpg").mkdir()
+    status, output, errors = cli("infer", tmp_path, "--model", model)
+    assert (status, errors, output.count("\n")) == (0, "", 1)
+    assert output.startswith(f"{tmp_path}/??[31m.png: ")
+
+
+def test_a_run_that_was_killed_while_it_was_finished_is_no_model(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    shutil.copytree(model, tmp_path / "run" / "model")
+    (tmp_path / "run" / "setting.json").write_text("{}")
+    status, _, errors = cli("infer", tmp_path / "photo.png", "--model", tmp_path / "run")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "this run is not finished" in errors
 
 
 def test_a_picture_of_billions_of_pixels_is_refused_before_it_takes_memory(model: Path, tmp_path: Path) -> None:

@@ -204,6 +204,7 @@ def test_welch() -> None:
     assert welch([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx((0.107, -6.888, 0.888), abs=1e-3)
     assert welch([90.0, 90.0], [91.0, 91.0]) is None
     assert welch([90.0], [91.0, 91.2]) is None
+    assert welch([90.0, 90.0], [91.0, 91.2]) == pytest.approx((0.0577, -2.371, 0.171), abs=1e-3)  # 11 errors of 0.1, 1 freedom
 
 
 def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretation(tmp_path: Path) -> None:
@@ -357,6 +358,11 @@ def without(file: Path, key: str) -> None:
     write_json(file, {k: value for k, value in json.loads(file.read_text()).items() if k != key})
 
 
+def rename_a_class(run: Path) -> None:
+    result = (run / "result.json").read_text()
+    (run / "result.json").write_text(result.replace('"cat"', '"lynx"'))
+
+
 @pytest.mark.parametrize(("damage", "said"), [
     (shutil.rmtree, "holds no run"),
     (lambda study: (study / RUN / "result.json").write_text('{"best_epoch": 5'), "result.json: cannot be read"),
@@ -368,7 +374,8 @@ def without(file: Path, key: str) -> None:
     (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
     (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
     (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
-    (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data"),
+    (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
+    (lambda study: rename_a_class(study / RUN), "different data (other validation classes)"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named_and_nothing_is_written(
     study: Path, tmp_path: Path, damage: Callable[[Path], Any], said: str
@@ -401,3 +408,25 @@ def test_a_study_without_validation_or_test_images_is_reported(tmp_path: Path) -
         write_metrics(folder, [row | unmeasured for row in read_metrics(folder)])
     page = report([tmp_path / "study"], tmp_path / "out").read_text()
     assert "no validation images were held out" in page and "no test images" in page
+    assert "There is no test accuracy of either to compare" in page
+    write_tiny_model(folder / "model")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    report([folder], tmp_path / "one", [tmp_path / "red.png"])
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert "there is nothing to compare" in text and "plots/1-setting-2.png" in text
+    assert "the last one: no images were held out" in text and "**red**" in text
+
+
+def test_equal_results_are_no_difference(tmp_path: Path) -> None:
+    for setting in (ONE, TWO):
+        write_run(tmp_path / "study", setting, 0, 90.0)
+    report([tmp_path / "study"], tmp_path / "out")
+    assert "No difference (90.00 against 90.00 %)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    write_run(tmp_path / "short" / "runs", ONE, 0, 89.0)
+    write_run(tmp_path / "long" / "runs", ONE.model_copy(update={"lr": 0.2}), 0, 90.0)
+    report([tmp_path / "short", tmp_path / "long"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "**Setting #1 (short/runs)**" in text and "**Setting #1 (long/runs)**" in text

@@ -133,6 +133,8 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "negative seed": ("seeds = [-1]", ["'seeds'", "[-1]"]),
     "value of many lines": ('activation = "re\\nlu"', ["'activation'"]),
     "value with an escape": ('activation = "\\u001b[31mrelu"', ["'activation'"]),
+    "key like another": ("batch = 2", ["unknown key 'batch'", "did you mean 'batch_size'"]),
+    "key like no other": ("learning_rate = 2", ["unknown key 'learning_rate'", "allowed: name, model", " lr,"]),
     "key with an escape": ('"\\u001b[31mlr" = 1', ["unknown key", "lr"]),
     "key nested deeply": (f"lr{'.a' * 2_000} = 1", ["'lr'"]),
 }

@@ -152,6 +152,14 @@ def test_impossible_settings_write_nothing(tmp_path: Path, change: str) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_model_to_start_from_that_is_not_there_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    file.write_text(file.read_text() + 'start_from = "resnet23"\n')
+    refused = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=2)
+    assert "resnet23: no such model" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def images(n: int = 64, classes: int = 4) -> Split:
     """Pictures whose mean colour tells the class."""
     labels = torch.arange(n) % classes
