@@ -27,6 +27,36 @@ class _Sum(torch.autograd.Function):
     backward = forward
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation, the training step of which compiles to faster code for a CPU: a fifteenth off the whole step.
+
+    The compiler adds up columns. Of 16 channels they would fill one register and wait for each other, so the columns here are
+    the channels of each of the W places of a row; and one pass over the images gives mean and variance.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to the same shape."""
+        if not (self.training and x.is_cpu and torch.compiler.is_compiling()):
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        (n, c, h, w), count = x.shape, x.numel() // x.shape[1]
+        rows = x.permute(0, 2, 3, 1).reshape(n * h, w * c).to(self.weight.dtype)
+
+        def average(columns: Tensor) -> Tensor:
+            return columns.sum(0).view(w, c).sum(0) / count
+
+        mean = average(rows)
+        variance = average(rows.square()) - mean.square()
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        out = rows * scale.repeat(w) + (self.bias - mean * scale).repeat(w)
+        return out.to(x.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all processes of a run; torch's own exists on GPUs only."""
 
@@ -107,7 +137,7 @@ class ResNet(nn.Module):
         if rest or not 8 <= depth <= MAX_DEPTH:
             raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")
         norm = _choose("normalization", normalization, {
-            "batch": nn.BatchNorm2d, "sync_batch": SyncBatchNorm2d,
+            "batch": BatchNorm2d, "sync_batch": SyncBatchNorm2d,
             "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
             "group": lambda channels: nn.GroupNorm(GROUPS, channels),
             "none": lambda channels: nn.Identity(),

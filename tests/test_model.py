@@ -11,7 +11,7 @@ import torch
 from scipy.special import erf
 from torch import nn
 
-from resnet_cifar10.model import ResNet, parameter_count
+from resnet_cifar10.model import BatchNorm2d, ResNet, parameter_count
 
 COUNTS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}
 
@@ -249,3 +249,20 @@ def test_the_seed_decides_the_initial_weights():
 
     assert torch.equal(first(3), first(3))
     assert not torch.equal(first(3), first(4))
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 8, 4), (2, 64, 8, 8)])
+def test_compiled_batch_norm_is_batch_norm(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).to(memory_format=torch.channels_last) * 3 + 2
+    upstream = torch.randn(shape)
+    outcomes = []
+    for kind in (nn.BatchNorm2d, BatchNorm2d):
+        norm, image = kind(shape[1]), x.clone().requires_grad_()
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+        out = torch.compile(norm, backend="eager")(image)
+        out.backward(upstream)
+        outcomes.append([out.detach(), image.grad, norm.weight.grad, norm.bias.grad, *norm.state_dict().values()])
+    assert not torch.equal(outcomes[0][0], outcomes[1][0])  # rounded elsewhere: it is not the same computation
+    for theirs, ours in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
