@@ -30,14 +30,14 @@ def train(
     settings: Annotated[Path, typer.Argument(help="A table of settings, such as settings/assignment.toml.")],
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
-    setting: Annotated[list[str] | None, typer.Option(help="Only the setting of this name; can be repeated.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seeds instead of the file's; can be repeated.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs instead of the file's; schedules scale with them.")] = None,
+    setting: Annotated[list[str] | None, typer.Option(help="Only this setting; repeatable.", metavar="NAME")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="This seed instead of the file's; repeatable.", metavar="N")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the file's; schedules scale with them.", metavar="N")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
-    cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.")] = 1,
-    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each run.")] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.", metavar="N")] = 1,
+    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each.", metavar="SHARE")] = None,
     framework: Framework = "pytorch",
 ) -> None:
     """Train what is not done yet; the same command again resumes and skips."""
@@ -92,7 +92,7 @@ def evaluate(
 
 @app.command()
 def infer(
-    photo: Annotated[list[str], typer.Argument(help="Photos, folders of photos, or '-' for standard input.")],
+    photo: Annotated[list[str], typer.Argument(metavar="PHOTO", help="Photos, folders of photos, or '-' for standard input.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
     figure: Annotated[Path | None, typer.Option(help="Draw the photos, their labels and where it looked (PNG).")] = None,
     explain: Annotated[Path | None, typer.Option(help="Draw where it looked, over the one photo (PNG).")] = None,
@@ -166,7 +166,7 @@ def _save(picture: Image.Image, file: Path) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that 'train --out' wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html, report.md and the plots go.")],
-    photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify in the report; can be repeated.")] = None,
+    photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify; repeatable.", metavar="PHOTO")] = None,
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
     words: Annotated[Path | None, typer.Option(help="A Markdown file of interpretation, shown under 'Why'.")] = None,
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
@@ -254,7 +254,7 @@ def main() -> None:
         if status == 130:  # what typer makes of Ctrl-C
             _fail("stopped", 130)
     except typer.TyperException as error:
-        _fail(error.format_message(), 2)
+        _fail(error.format_message().replace("Value error, ", ""), 2)  # a word of pydantic's, by which typer checks
     except ValueError as error:
         _fail(error, 2)
     except OSError as error:
