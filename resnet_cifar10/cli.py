@@ -92,7 +92,7 @@ def evaluate(
 
 @app.command()
 def infer(
-    photo: Annotated[list[str], typer.Argument(metavar="PHOTO", help="Photos, folders of photos, or '-' for standard input.")],
+    photo: Annotated[list[str], typer.Argument(metavar="photo", help="Photos, folders of photos, or '-' for standard input.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
     figure: Annotated[Path | None, typer.Option(help="Draw the photos, their labels and where it looked (PNG).")] = None,
     explain: Annotated[Path | None, typer.Option(help="Draw where it looked, over the one photo (PNG).")] = None,

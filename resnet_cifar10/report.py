@@ -78,6 +78,9 @@ def meaning(row: Row) -> dict[str, str]:
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     rule = f"{s.patience} epochs without a better validation accuracy end a run" + (f" ({join(ended)})" if ended else "")
+    kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
+    if row.done and not row.accuracies("validation"):
+        kept = "the last one: no images were held out to choose by"
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
@@ -88,8 +91,7 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Training time (m)": "training and validation, mean over the seeds; comparable on one machine only",
-        "Early stopping epoch": "the epoch whose weights were kept, that of the best validation accuracy (first–last where "
-                                "seeds differ)" if s.validation_size else "the last one: no images were held out to choose by",
+        "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
                     "the mean ± sample standard deviation over n seeds",

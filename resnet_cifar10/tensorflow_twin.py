@@ -22,6 +22,7 @@ from .storage import Tensors, check_tensors
 from .train import Checkpoint, TrainingFailed, learning_rate, patience_ended
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # with it, faster, TensorFlow prints lines that nothing else silences
 os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}  # else Keras writes a file into the home folder
 try:
     import keras
