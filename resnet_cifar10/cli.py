@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .names import printable
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -99,7 +101,7 @@ def infer(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Classify photos; needs no PyTorch."""
-    from .infer import Classifier, printable
+    from .infer import Classifier
     from .photo import read_photo, views
 
     names = _photos(photo)
@@ -145,10 +147,12 @@ def _photos(arguments: list[str]) -> list[str]:
     for argument in arguments:
         path = Path(argument)
         try:
-            files = [file for file in path.iterdir() if file.is_file() and file.name[0] != "."] if path.is_dir() else None
+            files = path.iterdir() if path.is_dir() else None
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
-        inside = [argument] if files is None else sorted(str(file) for file in files if file.suffix.lower() in PHOTO_SUFFIXES)
+        inside = [argument] if files is None else sorted(
+            str(file) for file in files
+            if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "." and not os.path.isdir(file))  # fmt: skip
         if not inside:
             raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
         names += inside
@@ -237,8 +241,6 @@ def _need_pytorch() -> None:
 
 
 def _fail(message: object, status: int) -> NoReturn:
-    from .infer import printable
-
     print(f"error: {printable(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(status)
 

@@ -17,11 +17,6 @@ SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf: one more entry of an ONNX file'
 CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejection_threshold")
 
 
-def printable(name: str) -> str:
-    """Show a file's name on one line; what no terminal can show becomes a question mark."""
-    return "".join(c if c.isprintable() else "?" for c in name)
-
-
 @dataclass(frozen=True)
 class Prediction:
     """What a photo shows. `membership`, at most 1: higher = more likely one of the classes; `rejected`: below the threshold."""

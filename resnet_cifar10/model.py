@@ -47,7 +47,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return columns.sum(0).view(w, c).sum(0) / count
 
         mean = average(rows)
-        variance = average(rows.square()) - mean.square()
+        variance = (average(rows.square()) - mean.square()).clamp_min(0)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)

@@ -113,7 +113,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
         if enlarged:
             finished = [value for row, value in zip(rows, highest, strict=True) if row.done]
-            axes.set_ylim(min(finished) - 3, max(finished) + 0.7)
+            axes.set_ylim(min(finished) - 3, max(highest) + 0.7)
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)

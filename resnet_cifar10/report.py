@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .infer import Classifier, printable
+from .infer import Classifier
+from .names import printable
 from .photo import read_photo, views
 from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
 from .results import Row, Run, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
@@ -208,10 +209,11 @@ def machine(row: Row) -> dict[str, str]:
 
     processes, parts = seen("world_size"), {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
     statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
+    nothing = "none" if row.done else "none yet"
     marked = [f"seed {run.seed}, {run.result['not_bit_exact']}" for run in row.done if run.result.get("not_bit_exact")]
     return {
         "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
-        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or "none",
+        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or nothing,
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
@@ -314,7 +316,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     section = best_section(best) if best else None
     model = photo_model or (best and best_run(best).folder)
     if photos and not model:
-        raise ValueError("--photo: no run is finished that could classify photos; name a model with --photo-model")
+        raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
     classifier = Classifier(model) if photos and model else None
     cards = classified(photos, classifier) if classifier else []
     started = [row for row in rows if row.curves("lr").size]

@@ -155,7 +155,7 @@ def _place(run: Run, rows: Sequence[Sequence[Run]]) -> str:
     """Tell a row from another of the same name by its folder, as far as the folders differ."""
     alike = [str(runs[0].folder.parents[1]) for runs in rows if runs[0].setting.name == run.setting.name]
     place = str(run.folder.parents[1].relative_to(os.path.commonpath(alike)))
-    return run.folder.parents[1].name if place == "." else place
+    return run.folder.parent.name if place == "." else place
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:

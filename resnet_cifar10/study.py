@@ -342,7 +342,8 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-        if setting.start_from and Path(setting.start_from).resolve() not in to_come:
+        start = Path(setting.start_from or "").resolve()
+        if setting.start_from and not {start, start.parent} & to_come:
             _first_weights(setting, seed, training)
     return claim
 

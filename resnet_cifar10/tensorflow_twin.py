@@ -30,7 +30,7 @@ try:
 except ImportError as missing:
     raise ValueError(f"{missing.name} is not installed: pip install 'resnet-cifar10[tensorflow]'") from None
 
-VERSIONS = {"tensorflow": tf.__version__, "keras": keras.__version__}
+VERSIONS = {"tensorflow": tf.__version__, "keras": keras.__version__, "onednn": os.environ["TF_ENABLE_ONEDNN_OPTS"]}
 TO_KERAS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a vector, of the linear layer and of a convolution
 TO_PYTORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 

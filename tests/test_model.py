@@ -266,3 +266,4 @@ def test_compiled_batch_norm_is_batch_norm(shape: tuple[int, ...]) -> None:
     assert not torch.equal(outcomes[0][0], outcomes[1][0])  # rounded elsewhere: it is not the same computation
     for theirs, ours in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.compile(BatchNorm2d(shape[1]), backend="eager")(torch.full(shape, 10.3)).isfinite().all()
