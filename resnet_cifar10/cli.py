@@ -145,14 +145,13 @@ def _standard_input() -> BytesIO:
 def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
-        path = Path(argument)
+        path, inside = Path(argument), [argument]
         try:
-            files = path.iterdir() if path.is_dir() else None
+            if path.is_dir():
+                inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
+                                and file.name[0] != "." and not os.path.isdir(file))  # fmt: skip
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
-        inside = [argument] if files is None else sorted(
-            str(file) for file in files
-            if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "." and not os.path.isdir(file))  # fmt: skip
         if not inside:
             raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
         names += inside
@@ -191,16 +190,13 @@ def report(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out: Annotated[Path, typer.Option(help="The ONNX file.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file.", dir_okay=False)],
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Its test images instead of 256 random ones.")] = None,
 ) -> None:
     """Write a model as one self-contained ONNX file and compare it with PyTorch."""
     _need_pytorch()
     from .export import export as write_onnx
     from .sources import load
-
-    if out.is_dir():
-        raise ValueError(f"--out: found the folder {out}; allowed: the name of a file")
 
     test = load(data, "test") if data else None
     if data and test is None:

@@ -61,7 +61,7 @@ def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     exact = counts * size / len(classes)
     quota = np.floor(exact).astype(int)
     quota[np.argsort(quota - exact, kind="stable")[: size - quota.sum()]] += 1  # the largest remainders first
-    if size and (quota >= counts)[counts > 0].any():
+    if (quota >= counts)[counts > 0].any():
         raise ValueError(f"key 'validation_size': found {size}; allowed: fewer of the {len(classes)} images, "
                          "so that every class keeps one for training")  # fmt: skip
     held = [rng.permutation(np.flatnonzero(classes == c))[:n] for c, n in enumerate(quota)]

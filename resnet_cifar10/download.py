@@ -19,6 +19,8 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from .settings import one_line
+
 ARCHIVE = "cifar-10-python.tar.gz"
 SIZE_BYTES = 170_498_071
 MD5 = "c58f30108f718f92721af3b95e74349a"  # https://www.cs.toronto.edu/~kriz/cifar.html
@@ -140,13 +142,13 @@ def _receive(mirror: str, part: BufferedRandom, size_bytes: int, timeout_seconds
         kind = _Broken if error.code >= 500 or error.code in (408, 416, 429) else _Useless
         raise kind(f"HTTP status {error.code}") from None
     except (OSError, HTTPException, ValueError) as error:  # ValueError: it redirects to what is no address
-        raise _Broken(_one_line(error)) from None
+        raise _Broken(_why(error)) from None
     with response:
         content_range = response.headers.get("Content-Range", "")
         if response.status == 206 and not (content_range.startswith(f"bytes {have}-")
                                            and content_range.endswith((f"/{size_bytes}", "/*"))):  # fmt: skip
             part.truncate(part.seek(0))
-            raise _Broken(f"asked to go on at byte {have} of {size_bytes}, it offers {_one_line(content_range)!r}")
+            raise _Broken(f"asked to go on at byte {have} of {size_bytes}, it offers {one_line(content_range)!r}")
         if response.status != 206 and response.length not in (None, size_bytes):
             raise _Useless(f"it offers {response.length} bytes, the archive has {size_bytes}")
         if response.headers.get_content_type() == "text/html":
@@ -157,17 +159,15 @@ def _receive(mirror: str, part: BufferedRandom, size_bytes: int, timeout_seconds
             try:
                 chunk = response.read1(min(CHUNK_BYTES, size_bytes - have))
             except (OSError, HTTPException) as error:
-                raise _Broken(f"{_one_line(error)} after {have} of {size_bytes} bytes") from None
+                raise _Broken(f"{_why(error)} after {have} of {size_bytes} bytes") from None
             if not chunk:
                 raise _Broken(f"the transfer ended after {have} of {size_bytes} bytes")
             part.write(chunk)
             show(part.tell())
 
 
-def _one_line(words: object) -> str:
-    """Write what may hold a server's words as one short line that cannot steer the terminal."""
-    text = str(getattr(words, "reason", words)) or type(words).__name__
-    return "".join(character if character.isprintable() else "?" for character in text[:200])
+def _why(error: Exception) -> str:
+    return one_line(getattr(error, "reason", error)) or type(error).__name__
 
 
 @contextmanager

@@ -36,11 +36,9 @@ class _Deployed(nn.Module):
     def __init__(self, model: ResNet, config: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.temperature = model, config["temperature"]
-        self.register_buffer("mean", torch.tensor(config["mean"]))
-        self.register_buffer("std", torch.tensor(config["std"]))
-        self.register_buffer("directions", F.normalize(torch.tensor(config["class_means"])))
-        self.register_buffer("contrast_mean", torch.tensor(config["contrast_mean"]))
-        self.register_buffer("contrast_std", torch.tensor(config["contrast_std"]))
+        self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+        self.contrast_mean, self.contrast_std = torch.tensor(config["contrast_mean"]), torch.tensor(config["contrast_std"])
+        self.directions = F.normalize(torch.tensor(config["class_means"]))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map images uint8 [N, 32, 32, 3] to the three outputs of the graph.
@@ -50,9 +48,9 @@ class _Deployed(nn.Module):
             less what its contrasts are odd by; activation maps [N, classes, 8, 8] (Zhou et al. 2016).
 
         """
-        features, contrasts, maps = describe(self.model, normalise(images, self.mean, self.std))  # type: ignore[arg-type]
-        cosine = (F.normalize(features) @ self.directions.T).amax(1)  # type: ignore[operator]
-        oddity = ((contrasts - self.contrast_mean) / self.contrast_std).norm(dim=1)  # type: ignore[operator]
+        features, contrasts, maps = describe(self.model, normalise(images, self.mean, self.std))
+        cosine = (F.normalize(features) @ self.directions.T).amax(1)
+        oddity = ((contrasts - self.contrast_mean) / self.contrast_std).norm(dim=1)
         activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
         probabilities = (self.model.linear(features) / self.temperature).softmax(1)
         return probabilities, cosine - ODDITY_WEIGHT * oddity, activation

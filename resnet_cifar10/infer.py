@@ -1,4 +1,4 @@
-"""Small images in, predictions out: NumPy and ONNX Runtime only, no PyTorch."""
+"""Small images in, predictions out: NumPy and ONNX Runtime, no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, Field
+
+from .settings import validated
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees
 SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf: one more entry of an ONNX file's metadata, 64 letters long
-CONFIG_KEYS = ("architecture", "classes", "mean", "std", "temperature", "rejection_threshold")
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,20 @@ def model_folder(model: str | Path) -> Path:
     path = Path(model)
     if (path / "setting.json").is_file() and not (path / "result.json").is_file():
         raise ValueError(f"{path}: this run is not finished; the same train command again goes on with it")
-    for folder in (path, path / "model"):
+    for folder in (path, path / "model", BUILT_IN / path):
         if (folder / "config.json").is_file():
             return folder
-    if (BUILT_IN / str(model) / "config.json").is_file():
-        return BUILT_IN / str(model)
-    names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir())) if BUILT_IN.is_dir() else ""
+    names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir()))
     raise ValueError(f"{model}: no such model; allowed: a model folder, a finished run folder, or built-in: {names}")
+
+
+class _Config(BaseModel, strict=True):  # what is needed of config.json; the rest is for readers
+    architecture: dict[str, Any]
+    classes: list[str] = Field(min_length=2)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    temperature: float = Field(gt=0)
+    rejection_threshold: float
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -65,18 +74,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text())
-        named = {key: config.get(key) for key in CONFIG_KEYS}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not a model configuration: {error}") from None
-    for key, value in named.items():
-        kind = {"classes": str, "mean": float, "std": float, "architecture": dict}.get(key, float)
-        values = value if isinstance(value, list) else [value]
-        one = values is not value
-        length_right = {"classes": len(values) >= 2, "mean": len(values) == 3, "std": len(values) == 3}.get(key, one)
-        positive = key not in ("std", "temperature") or all(isinstance(v, float) and v > 0 for v in values)
-        if not (length_right and positive and all(isinstance(v, kind) for v in values)):
-            raise ValueError(f"{file}: key '{key}' is missing or wrong")
-    return config  # type: ignore[no-any-return]
+    return config | validated(_Config, config, str(file)).model_dump()  # type: ignore[no-any-return]
 
 
 def onnx_runtime() -> Any:

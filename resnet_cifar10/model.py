@@ -76,20 +76,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return centred * (self.weight / (variance + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
 
 
-class IdentityShortcut(nn.Module):
-    """The shortcut without parameters: every stride-th pixel, new channels zero (He et al. 2015, option A)."""
-
-    def __init__(self, new_channels: int, stride: int) -> None:
-        super().__init__()
-        self.new_channels, self.stride = new_channels, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] to [N, C + new_channels, H / stride, W / stride]."""
-        if self.stride == 1:
-            return x
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
-
-
 class Block(nn.Module):
     """Two 3x3 convolutions and the shortcut around them.
 
@@ -105,8 +91,8 @@ class Block(nn.Module):
         self.norm2 = norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=conv_bias)
         self.activation = activation
-        self.shortcut = IdentityShortcut(c_out - c_in, stride) if shortcut else None
-        self.pre, self.first = pre, first
+        self.new_channels, self.stride = c_out - c_in, stride
+        self.shortcut, self.pre, self.first = shortcut, pre, first
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, c_in, H, W] to [N, c_out, H / stride, W / stride]."""
@@ -116,8 +102,10 @@ class Block(nn.Module):
             out = self.conv2(self.activation(self.norm2(self.conv1(out))))
         else:
             out = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
-        if self.shortcut is not None:
-            out = out + self.shortcut(x)
+        if self.shortcut:
+            if self.stride > 1:  # every stride-th pixel, new channels zero (He et al. 2015, option A)
+                x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+            out = out + x
         return out if self.pre else self.activation(out)  # type: ignore[no-any-return]
 
 

@@ -62,9 +62,9 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
 
 def raster(file: str, alt: str, image: Image.Image) -> Picture:
     """Make a picture of pixels, of the format that the file's name asks for."""
-    content = io.BytesIO()
-    image.save(content, "JPEG" if file.endswith(".jpg") else "PNG", quality=88)
-    inline = f"data:image/{'jpeg' if file.endswith('.jpg') else 'png'};base64,{base64.b64encode(content.getvalue()).decode()}"
+    content, kind = io.BytesIO(), "jpeg" if file.endswith(".jpg") else "png"
+    image.save(content, kind, quality=88)
+    inline = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
     return Picture(file, alt, content.getvalue(), inline)
 
 

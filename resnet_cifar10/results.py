@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from .run_folder import read_metrics
-from .settings import Setting
+from .settings import Setting, validated
 from .storage import read_json
 
 
@@ -84,10 +83,7 @@ def read_run(folder: Path) -> Run:
 
     """
     claim = _read(folder / "setting.json", ("setting", "seed"))
-    try:
-        setting = Setting.model_validate(claim["setting"])
-    except ValidationError as error:
-        raise ValueError(f"{folder / 'setting.json'}: damaged: {error.errors()[0]['msg']}") from None
+    setting = validated(Setting, claim["setting"], f"{folder / 'setting.json'}: damaged")
     result: dict[str, Any] = {}
     if (folder / "result.json").exists():
         result = _read(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))

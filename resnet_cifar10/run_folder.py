@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .storage import Tensors, read_json, read_tensors, write, write_json, write_tensors
+from .storage import read_json, read_tensors, write, write_json, write_tensors
 from .train import Checkpoint
 
 ROOM = 16  # times the weights: three checkpoints of up to four (weights, best, two of Adam), and the files of the model
@@ -101,12 +101,7 @@ def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> No
 
 def save_best(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the weights of the best epoch."""
-    write_tensors(folder / BEST, best_weights(checkpoint), {"epoch": checkpoint.state["best_epoch"]})
-
-
-def best_weights(checkpoint: Checkpoint) -> Tensors:
-    """Return the weights of the best epoch under their names in the network."""
-    return {key.removeprefix("best."): tensor for key, tensor in checkpoint.tensors.items() if key.startswith("best.")}
+    write_tensors(folder / BEST, checkpoint.part("best"), {"epoch": checkpoint.state["best_epoch"]})
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -123,9 +123,9 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
-    table = _validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
+    table = validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
-    settings = [_validated(Setting, table.defaults | row | given, f"{path}: setting {_short(row.get('name', number))}")
+    settings = [validated(Setting, table.defaults | row | given, f"{path}: setting {_short(row.get('name', number))}")
                 for number, row in enumerate(table.setting, 1)]  # fmt: skip
     seen: dict[str, Setting] = {}
     for setting in settings:
@@ -139,7 +139,8 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
     return [setting for setting in settings if setting.slug in wanted]
 
 
-def _validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
+def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
+    """Check plain values against a model of pydantic; one line says what is wrong where."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

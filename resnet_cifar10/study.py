@@ -25,7 +25,7 @@ from .evaluate import Forward, evaluate, predict
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
-from .run_folder import best_weights, check_room, locked, resume, save, save_best
+from .run_folder import check_room, locked, resume, save, save_best
 from .settings import Setting
 from .signals import signals
 from .sources import load
@@ -166,26 +166,20 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     if rank > 0:
         return {}
     save_best(folder, checkpoint)
-    network, config, result = _outcome(setting, seed, training, rows, checkpoint)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    result |= {"not_bit_exact": not_bit_exact} | finish(folder / "model", network, config, validation, read("test"), device)
-    write_json(folder / "result.json", result)
-    return result
-
-
-def _outcome(setting: Setting, seed: int, training: Split, rows: list[dict[str, Any]],
-             checkpoint: Checkpoint) -> tuple[ResNet, dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Return the network with the weights of the best epoch, and what config.json and result.json begin with."""
     architecture, (mean, std) = setting.architecture(len(training.classes)), mean_and_std(training.images)
     network, best_epoch = ResNet(**architecture), checkpoint.state["best_epoch"]
-    network.load_state_dict(best_weights(checkpoint))
+    network.load_state_dict(checkpoint.part("best"))
+    network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
               "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": best_epoch}  # fmt: skip
-    return network.eval(), config, {
+    result = {
         "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
         "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
         "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
+        "not_bit_exact": not_bit_exact, **finish(folder / "model", network, config, validation, read("test"), device),
     }  # fmt: skip
+    write_json(folder / "result.json", result)
+    return result
 
 
 @contextmanager
@@ -348,7 +342,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     return claim
 
 
-def evaluate_model(model: str | Path, test: Split, device: str = "cpu", framework: str = "pytorch") -> dict[str, Any]:
+def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -> dict[str, Any]:
     """Evaluate a model folder, a finished run folder or a built-in name with its own mean, std and temperature.
 
     Raises:
@@ -360,10 +354,10 @@ def evaluate_model(model: str | Path, test: Split, device: str = "cpu", framewor
     if list(test.classes) != config["classes"]:
         ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
         raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     title = f"evaluating {len(test):,} images"
     print(title, file=sys.stderr, flush=True)
     compute = chosen.forward(network, config["architecture"])
-    logits = predict(compute, test.images.to(device), config["mean"], config["std"], title=title).cpu()
+    logits = predict(compute, test.images, config["mean"], config["std"], title=title)
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
     return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256, "framework": framework}

@@ -57,6 +57,8 @@ class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**options)
         self.filters, self.stride, self.activation, self.shortcut = filters, stride, activation, shortcut
         self.pre_activation, self.activate_before_residual = pre_activation, activate_before_residual
+        # at stride 2 the padding "same" would give the left and the upper side no zeros
+        self.pad = keras.layers.ZeroPadding2D() if stride > 1 else keras.layers.Identity()
         self.conv1 = conv(filters, strides=stride, padding="valid" if stride > 1 else "same")
         self.norm1, self.norm2, self.conv2 = norm(), norm(), conv(filters)  # in PyTorch's order, for the weights
 
@@ -66,18 +68,13 @@ class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
         if self.pre_activation:
             x = self.activation(self.norm1(x))
             around = x if self.activate_before_residual else around
-            x = self.conv2(self.activation(self.norm2(self._first_convolution(x))))
+            x = self.conv2(self.activation(self.norm2(self.conv1(self.pad(x)))))
         else:
-            x = self.norm2(self.conv2(self.activation(self.norm1(self._first_convolution(x)))))
+            x = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(self.pad(x))))))
         if self.shortcut:
             new_channels = self.filters - around.shape[-1]
             x += keras.ops.pad(around[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (0, new_channels)))
         return x if self.pre_activation else self.activation(x)
-
-    def _first_convolution(self, x: Any) -> Any:
-        if self.stride > 1:  # the padding "same" would give the left and the upper side no zeros
-            x = keras.ops.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return self.conv1(x)
 
 
 def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float = 0.1, l2_reg_lambda: float = 0.0,
@@ -228,8 +225,8 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         shapes |= {f"optimizer.{index}": variable.shape for index, variable in enumerate(optimizer.variables)}
         check_tensors(checkpoint.where, shapes, checkpoint.tensors)
         state |= checkpoint.state
-        best = {key: tensor for key, tensor in checkpoint.tensors.items() if key.startswith("best.")}
-        network.load_state_dict({key[6:]: t for key, t in checkpoint.tensors.items() if key.startswith("model.")})
+        best = checkpoint.part("best")
+        network.load_state_dict(checkpoint.part("model"))
         model.set_weights(_keras_weights(network))
         for index, variable in enumerate(optimizer.variables):
             variable.assign(checkpoint.tensors[f"optimizer.{index}"].numpy())
@@ -263,12 +260,11 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         state["epoch"] = epoch
         if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
             state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
-            best = {f"best.{key}": tensor.clone() for key, tensor in network.state_dict().items()}
+            best = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         metrics = {
             "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy, "lr": rate,
             "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
         }  # fmt: skip
-        moments = {f"optimizer.{index}": torch.tensor(v.numpy()) for index, v in enumerate(optimizer.variables)}
-        now = {f"model.{key}": tensor for key, tensor in network.state_dict().items()}
-        yield metrics, Checkpoint(now | moments | best, dict(state))
+        moments = {str(index): torch.tensor(v.numpy()) for index, v in enumerate(optimizer.variables)}
+        yield metrics, Checkpoint.of(state, model=network.state_dict(), best=best, optimizer=moments)

@@ -33,6 +33,15 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]  # "epoch", "best_epoch", "best_accuracy"
     where: str = "checkpoint"  # its file, for messages
 
+    @classmethod
+    def of(cls, state: dict[str, Any], **parts: Tensors) -> Checkpoint:
+        """Put the tensors of the parts side by side."""
+        return cls({f"{part}.{key}": tensor for part, tensors in parts.items() for key, tensor in tensors.items()}, dict(state))
+
+    def part(self, name: str) -> Tensors:
+        """Take out one part: "model", "best" or "optimizer"."""
+        return {key.removeprefix(f"{name}."): tensor for key, tensor in self.tensors.items() if key.startswith(f"{name}.")}
+
 
 def learning_rate(setting: Setting, progress: float) -> float:
     """Return the learning rate at this fraction of the run, 0 <= progress < 1."""
@@ -101,7 +110,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = math.ceil(len(training) / setting.batch_size)
     last_batch = len(training) - (steps - 1) * setting.batch_size
-    if min(last_batch, setting.batch_size) < processes:
+    if last_batch < processes:
         raise ValueError(f"key 'batch_size': found {setting.batch_size}, with a last batch of {last_batch} images; "
                          f"allowed: at least one image for each of {processes} processes")  # fmt: skip
     mean, std = mean_and_std(training.images)
@@ -121,7 +130,8 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
             raise ValueError(f"{checkpoint.where}: key '{min(missing)}' is missing")
         check_tensors(checkpoint.where, _shapes(setting, model), checkpoint.tensors)
         state = checkpoint.state
-        best = _restore(checkpoint.tensors, model, optimizer)
+        best = checkpoint.part("best")
+        _restore(checkpoint, model, optimizer)
     training, validation_images = training.to(device), validation.images[rank::processes].to(device)
     mean_tensor, std_tensor = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     fill = (mean_tensor * 255).round().to(torch.uint8)
@@ -183,13 +193,15 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         state["epoch"] = epoch
         if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
             state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
-            best = {f"best.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
+            best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         metrics = {
             "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy, "lr": rate,
             "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
         }  # fmt: skip
-        yield metrics, Checkpoint(_collect(model, optimizer) | best, dict(state))
+        moments = {f"{index}.{key}": tensor for index, values in optimizer.state_dict()["state"].items()
+                   for key, tensor in values.items()}  # fmt: skip
+        yield metrics, Checkpoint.of(state, model=model.state_dict(), best=best, optimizer=moments)
 
 
 def _sum_gradients(model: ResNet) -> None:
@@ -199,12 +211,6 @@ def _sum_gradients(model: ResNet) -> None:
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view(gradient.shape))
-
-
-def _collect(model: ResNet, optimizer: torch.optim.Optimizer) -> Tensors:
-    moments = optimizer.state_dict()["state"].items()
-    return {f"model.{key}": tensor for key, tensor in model.state_dict().items()} | {
-        f"optimizer.{index}.{key}": tensor for index, values in moments for key, tensor in values.items()}  # fmt: skip
 
 
 def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
@@ -218,15 +224,12 @@ def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
     return shapes | {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in model.state_dict().items()}
 
 
-def _restore(tensors: Tensors, model: ResNet, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Put a checkpoint's tensors where they belong; return those of the best epoch."""
-    model.load_state_dict({key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")})
+def _restore(checkpoint: Checkpoint, model: ResNet, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict(checkpoint.part("model"))
     parameters = list(model.parameters())
     state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, kind = key.split(".")
-            like = parameters[int(index)] if tensor.ndim else tensor  # the fused step needs the strides of the parameter
-            state[int(index)][kind] = torch.empty_like(like).copy_(tensor)
+    for key, tensor in checkpoint.part("optimizer").items():
+        index, kind = key.split(".")
+        like = parameters[int(index)] if tensor.ndim else tensor  # the fused step needs the strides of the parameter
+        state[int(index)][kind] = torch.empty_like(like).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return {key: tensor for key, tensor in tensors.items() if key.startswith("best.")}

@@ -68,10 +68,9 @@ def _unverified(path: Path) -> tuple[storage.Tensors, dict[str, Any]]:
         return tensors, json.loads(file.metadata()["checkpoint"])["state"]
 
 
-def _forgetful(tensors: storage.Tensors, model: Any, optimizer: torch.optim.Optimizer) -> storage.Tensors:
-    best = _RESTORE(tensors, model, optimizer)
+def _forgetful(checkpoint: train.Checkpoint, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    _RESTORE(checkpoint, model, optimizer)
     optimizer.state.clear()
-    return best
 
 
 _RESTORE, _FAIL = train._restore, cli._fail
