@@ -179,7 +179,7 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     text = (out / "report.md").read_text()
     assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It names 92.40 ± 0.26 % "
             "of the 10,000 test images of CIFAR-10 (python archive) correctly (mean ± standard deviation of 3 seeds). "
-            "The seeds cannot tell it from Setting #3.") in text  # fmt: skip
+            "Too few seeds to compare it with Setting #3.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
     assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
@@ -422,6 +422,14 @@ def test_equal_results_are_no_difference(tmp_path: Path) -> None:
         write_run(tmp_path / "study", setting, 0, 90.0)
     report([tmp_path / "study"], tmp_path / "out")
     assert "No difference (90.00 against 90.00 %)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None:
+    for setting, values in ((ONE, (90.0, 91.0)), (TWO, (90.2, 91.1))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path / "study", setting, seed, value, validation=value)
+    report([tmp_path / "study"], tmp_path / "out")
+    assert "The seeds cannot tell it from Setting #1." in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
