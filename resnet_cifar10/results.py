@@ -134,15 +134,18 @@ def _check_same_data(runs: Sequence[Run]) -> None:
     """Make sure that runs can be compared: one data set by its name, its classes and, where they must be alike, its images."""
     first: dict[Any, tuple[Run, Any]] = {}
     for run in (run for run in runs if run.environment):
-        facts = {"data": run.environment["data"]}
-        facts |= {f"training images of seed {run.seed}, {run.setting.validation_size}": run.environment.get("training_sha256")}
+        facts: dict[tuple[Any, ...], Any] = {("data",): run.environment["data"]}
+        if digest := run.environment.get("training_sha256"):
+            facts["training images", run.seed, run.setting.validation_size] = digest
         for split in ("validation", "test"):
             if measured := run.result.get(split):
-                facts |= {f"{split} classes": list(measured["per_class"])}
+                facts[f"{split} classes",] = list(measured["per_class"])
+        if run.result.get("test"):
+            facts["test images",] = run.result["test"]["n"]
         for key, value in facts.items():
             other, found = first.setdefault(key, (run, value))
             if found != value:
-                what = f"{found}; {value}" if key == "data" else f"other {key.split(' of ')[0]}"
+                what = f"{found}; {value}" if key == ("data",) else f"other {key[0]}"
                 raise ValueError(f"{other.folder} and {run.folder} are on different data ({what}) and cannot be compared; "
                                  "write a report of each")  # fmt: skip
 

@@ -358,6 +358,11 @@ def without(file: Path, key: str) -> None:
     write_json(file, {k: value for k, value in json.loads(file.read_text()).items() if k != key})
 
 
+def fewer_test_images(run: Path) -> None:
+    result = (run / "result.json").read_text()
+    (run / "result.json").write_text(result.replace('"n": 10000', '"n": 9000'))
+
+
 def rename_a_class(run: Path) -> None:
     result = (run / "result.json").read_text()
     (run / "result.json").write_text(result.replace('"cat"', '"lynx"'))
@@ -375,6 +380,7 @@ def rename_a_class(run: Path) -> None:
     (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
     (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
     (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
+    (lambda study: fewer_test_images(study / RUN), "different data (other test images)"),
     (lambda study: rename_a_class(study / RUN), "different data (other validation classes)"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named_and_nothing_is_written(
