@@ -153,13 +153,15 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
             colour = LINES[0][0] if low > 0 or high < 0 else MUTED
             axes.plot([low, high], [i, i], color=colour)
             axes.plot(difference, i, "o", color=colour, markeredgecolor=PAPER)
+            figures = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
+            axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.name for row, *_ in rows])
         axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(rows) - 0.3))
 
     told = join([f"{row.name} {difference:+.2f} ({low:+.2f} to {high:+.2f})" for row, difference, low, high in rows])
     alt = f"Test accuracy against {baseline.name}, in points: {told}"
-    return draw("differences", alt, (6.4, 0.9 + 0.27 * len(rows)), paint)
+    return draw("differences", alt, (8, 0.9 + 0.27 * len(rows)), paint)
 
 
 def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:

@@ -147,18 +147,24 @@ def compare(row: Row, other: Row) -> str:
     tested = welch(a, b)
     if tested is None:
         return f"{text} The seeds of neither vary, so no test can be made."
-    p = tested[0]
-    text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({len(a)} against {len(b)} seeds, "
+    p, low, high = tested
+    interval = f"95 % interval {low:+.2f} to {high:+.2f} points".replace("-", "−")
+    text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({interval}; {len(a)} against {len(b)} seeds, "
              f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
     return text + (" Which of the changes did it, these runs do not tell." if len(values) > 1 and p < 0.05 else "")
 
 
+def pairs(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, Row]]:
+    """Pair every finished row with the baseline, and with each other row that it repeats with one more change."""
+    counted = [(row, len(differing(row, baseline))) for row in rows if row.done] if baseline else []
+    return [(row, other) for row, changes in counted if row is not baseline for other, fewer in counted
+            if other is baseline or (0 < fewer < changes and len(differing(row, other)) == 1)]  # fmt: skip
+
+
 def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> list[tuple[str, str]]:
     """Write what the numbers carry, and no more: (lead, text)."""
-    finished, found = [row for row in rows if row.done], []
-    for row in finished:
-        if baseline and row is not baseline:
-            found.append((f"{row.name} against {baseline.name}", compare(row, baseline)))
+    finished = [row for row in rows if row.done]
+    found = [(f"{row.name} against {other.name}", compare(row, other)) for row, other in pairs(rows, baseline)]
     tested = [row for row in finished if row.accuracies("test")]
     highest = max(tested, key=lambda row: float(np.mean(row.accuracies("test"))), default=best)
     if best and highest and highest is not best:
@@ -343,7 +349,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": "; ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, data, len(changes)),
+        "limits": limits(rows, data, len(pairs(rows, baseline))),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip

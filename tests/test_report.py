@@ -187,12 +187,14 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
 
 def test_findings_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path) -> None:
     text = (out / "report.md").read_text()
-    found = welch([92.1, 92.5, 92.6], [89.6, 90.2, 90.8])
+    found = welch([89.6, 90.2, 90.8], [92.1, 92.5, 92.6])
     assert found is not None
-    p = found[0]
+    p, low, high = found
+    assert low < high < 0
     assert ("**Setting #1 against Setting #2.** Differs in lr decay (none instead of step) and patience (3 instead of none). "
-            "2.20 points worse (90.20 against 92.40 %). The seeds can tell the two apart (3 against 3 seeds, Welch's t "
-            f"test, p = {p:.2g}). Which of the changes did it, these runs do not tell.") in text  # fmt: skip
+            "2.20 points worse (90.20 against 92.40 %). The seeds can tell the two apart "
+            f"(95 % interval −{-low:.2f} to −{-high:.2f} points; 3 against 3 seeds, Welch's t test, p = {p:.2g}). "
+            "Which of the changes did it, these runs do not tell.") in text  # fmt: skip
     assert "**Setting #3 against Setting #2.** Differs in model (resnet20 instead of resnet32). 1.10 points better" in text
     assert "One seed cannot tell the setting from chance: the choice of test images alone leaves 93.0 to 94.0 %" in text
     assert "Setting #1 95.0 against 91.0 % (+4.0 points)" in text
@@ -219,6 +221,17 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     assert "<em>overshoot</em>" in page and "<script>alert" not in page
     assert "*overshoot*" in text and "--words" in text
     assert "3 seeds a setting" in text
+
+
+def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_with_one_more_change(tmp_path: Path) -> None:
+    changed = {"Base": {}, "Slow": {"lr": 0.01}, "Bare": {"normalization": "none"}, "Adam": {"optimizer": "adam"},
+               "Slow and bare": {"lr": 0.01, "normalization": "none"}}  # fmt: skip
+    for name, changes in changed.items():
+        write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changes}), 0, 90.0)
+    report([tmp_path / "study"], tmp_path / "out")
+    found = re.findall(r"\*\*(.*? against .*?)\.\*\*", (tmp_path / "out" / "report.md").read_text())
+    assert sorted(found) == ["Adam against Base", "Bare against Base", "Slow against Base", "Slow and bare against Bare",
+                             "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
 
 
 def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path) -> None:
