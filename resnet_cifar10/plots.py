@@ -166,6 +166,8 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
 
 def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
     """Plot how large the outputs of the blocks are in the untrained networks, one of each group, or the gradients there."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
     lines = []
     for first, *more in groups:
@@ -178,7 +180,9 @@ def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
         for sizes, _, (colour, dashes) in lines:
             axes.plot(np.arange(len(sizes)) + (not back), sizes, color=colour, linestyle=dashes)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
