@@ -277,6 +277,12 @@ def test_among_bad_photos_the_good_ones_still_count(model: Path, photo: Image.Im
     assert (tmp_path / "figure.png").exists()
 
 
+def test_a_closed_standard_input_is_said_to_be_closed() -> None:
+    shell = ["sh", "-c", 'exec "$0" -m resnet_cifar10 infer - <&-', sys.executable]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard input: closed; allowed: the bytes of a photo\n")
+
+
 def test_explain_draws_over_the_one_photo(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "a.png")
     assert cli("infer", tmp_path / "a.png", "--model", model, "--explain", tmp_path / "why.png")[0] == 0

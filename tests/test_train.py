@@ -160,6 +160,17 @@ def test_a_model_to_start_from_that_is_not_there_is_found_before_anything_is_wri
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("folder", ["", "/model"])
+def test_a_setting_can_start_from_a_run_that_the_same_table_trains_before_it(tmp_path: Path, folder: str) -> None:
+    first = tmp_path / "runs" / "small" / "seed-0"
+    file = table(tmp_path, epochs=1)
+    file.write_text(file.read_text() + file.read_text().replace("Small", "More") + f'start_from = "{first}{folder}"\n')
+    run("train", file, "--data", "digits", "--out", tmp_path / "runs")
+    results = [tmp_path / "runs" / name / "seed-0" / "result.json" for name in ("small", "more")]
+    before, after = (json.loads(file.read_text())["validation"]["accuracy"] for file in results)
+    assert after > before + 1
+
+
 def images(n: int = 64, classes: int = 4) -> Split:
     """Pictures whose mean colour tells the class."""
     labels = torch.arange(n) % classes
