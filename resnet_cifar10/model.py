@@ -130,10 +130,12 @@ class ResNet(nn.Module):
             "group": lambda channels: nn.GroupNorm(GROUPS, channels),
             "none": lambda channels: nn.Identity(),
         })  # fmt: skip
-        act = _choose("activation", activation, {
-            "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(leaky_slope), "gelu": nn.GELU(), "silu": nn.SiLU(),
-        })  # fmt: skip
         pre = _choose("block", block, {"post": False, "pre": True})
+        # in place, the backward pass takes the signs from the result; else the compiler saves them by themselves, in slow code
+        in_place = not (pre and normalization == "none")  # there the shortcut needs what would be overwritten
+        act = _choose("activation", activation, {
+            "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(leaky_slope, in_place), "gelu": nn.GELU(), "silu": nn.SiLU(),
+        })  # fmt: skip
         conv_bias = normalization == "none"  # a normalisation's own shift makes the bias of a convolution useless
 
         self.conv = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=conv_bias)

@@ -160,6 +160,8 @@ VARIANTS = [
     ("pre", True, "relu", "layer"),
     ("pre", True, "silu", "group"),
     ("pre", False, "silu", "none"),
+    ("pre", True, "leaky_relu", "none"),
+    ("post", True, "leaky_relu", "none"),
 ]
 NAMES = ("block", "shortcut", "activation", "normalization")
 
