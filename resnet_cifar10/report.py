@@ -321,6 +321,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
     best, baseline = best_of(rows), baseline_of([row for row in rows if row.done])
     changes = gains(rows, baseline)
+    tested = [welch(row.accuracies("test"), other.accuracies("test")) for row, other in pairs(rows, baseline)]
     section = best_section(best) if best else None
     model = photo_model or (best and best_run(best).folder)
     if photos and not model:
@@ -349,7 +350,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": "; ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, data, len(pairs(rows, baseline))),
+        "limits": limits(rows, data, sum(each is not None for each in tested)),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
