@@ -49,7 +49,7 @@ def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> li
         texts: dict[str, list[str]] = {}
         for name, terms in described:
             texts.setdefault(terms[term], []).append(name)
-        lines.append((term, next(iter(texts)) if len(texts) == 1 else "; ".join(f"{join(n)}: {t}" for t, n in texts.items())))
+        lines.append((term, next(iter(texts)) if len(texts) == 1 else ". ".join(f"{join(n)}: {t}" for t, n in texts.items())))
     return lines
 
 
@@ -348,7 +348,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
-        "alike": "; ".join(alike),
+        "alike": ". ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
         "limits": limits(rows, data, sum(each is not None for each in tested)),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,

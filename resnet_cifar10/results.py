@@ -208,5 +208,6 @@ def spread(values: Sequence[float]) -> str:
 
 
 def join(words: Sequence[str]) -> str:
-    """Join as in a sentence: "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    """Join as in a sentence: "a, b and c", or "a; b, c; and d" where a word has a comma of its own."""
+    comma, last = ("; ", "; and ") if len(words) > 2 and any(", " in word for word in words) else (", ", " and ")
+    return last.join(filter(None, [comma.join(words[:-1]), *words[-1:]]))
