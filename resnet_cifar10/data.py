@@ -92,8 +92,9 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     Args:
         split: The training images, on the device where the batches are wanted.
         batch_size: Images a batch.
-        augmentation: "none", or parts joined by "_": crop, flip (He et al. 2015, section 4.2), photo, cutout
-            (DeVries & Taylor 2017), mixup (Zhang et al. 2018).
+        augmentation: "none", or parts joined by "_": crop, flip (He et al. 2015, section 4.2), altflip (each image
+            mirrored in every second epoch: Jordan 2024, section 3.6), photo, cutout (DeVries & Taylor 2017), mixup
+            (Zhang et al. 2018).
         seed: Of the run.
         epoch: Counted from 1.
         fill: uint8 [3], the colour of the padding: the mean, which normalisation makes zero.
@@ -117,6 +118,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     order = torch.randperm(n, generator=rng).to(device)
     pad = CROP_PADDING if "crop" in parts else 0
     top, left, flip = draw(2 * pad + 1) - pad, draw(2 * pad + 1) - pad, draw(2 if "flip" in parts else 1).bool()
+    if "altflip" in parts:
+        flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     share = np.random.default_rng([seed, epoch]).beta(MIXUP_ALPHA, MIXUP_ALPHA, n)
     uniform = torch.rand(n if "photo" in parts else 0, 14, generator=rng)

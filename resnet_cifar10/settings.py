@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-AUGMENTATIONS = ("crop", "flip", "photo", "cutout", "mixup")
+AUGMENTATIONS = ("crop", "flip", "altflip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
 Kind = TypeVar("Kind", bound=BaseModel)
 

@@ -540,6 +540,21 @@ def test_crop_and_flip_move_the_image_inside_a_frame_of_the_fill_colour(augmenta
     assert "crop" not in augmentation or len(set(zip(downs, rights, strict=True))) > 40  # rows and columns move independently
 
 
+def test_an_alternating_flip_mirrors_each_image_in_every_second_epoch():
+    split = marked(240)
+
+    def mirrored(epoch: int, seed: int = 0) -> list[bool]:
+        images = epoch_of(split, "altflip", epoch=epoch, seed=seed)[0]
+        by_image = images[images[:, 0, 0, 0].argsort()]
+        assert torch.equal(torch.where((by_image[:, 16, 15, 2] > by_image[:, 16, 17, 2])[:, None, None, None],
+                                       by_image.flip(2), by_image), split.images)  # fmt: skip
+        return (by_image[:, 16, 15, 2] > by_image[:, 16, 17, 2]).tolist()
+
+    first, second = mirrored(1), mirrored(2)
+    assert first == mirrored(3) == [not flip for flip in second] and second == mirrored(4)
+    assert 90 <= sum(first) <= 150 and first != mirrored(1, seed=1)
+
+
 def test_cutout_erases_one_square_somewhere():
     images, targets = epoch_of(marked(240), "cutout")
     erased = (images == FILL).all(3)
