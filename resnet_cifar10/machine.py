@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+COMPUTING = ("data.py", "evaluate.py", "model.py", "muon.py", "photo_like.py", "tensorflow_twin.py", "train.py")  # a run's bits
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -55,10 +57,12 @@ def environment(device: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    here = Path(__file__).parent
+    code = hashlib.sha256(b"".join((here / name).read_bytes() for name in COMPUTING)).hexdigest()
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
     return {
-        "package": version("resnet-cifar10"), "git_commit": commit, "python": platform.python_version(),
+        "package": version("resnet-cifar10"), "git_commit": commit, "code_sha256": code, "python": platform.python_version(),
         "torch": torch.__version__, "system": platform.system(), "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -86,9 +86,10 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
         not_bit_exact = before.get("not_bit_exact", "")
         if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
             not_bit_exact = f"resumed after epoch {epoch} with another {', '.join(changed)}"
-    # with the mark: a run that is killed before its next checkpoint must not lose it
+    # with the reason: a run that is killed before its next checkpoint must not lose it
     write_json(folder / "environment.json", environment | {"not_bit_exact": not_bit_exact})
-    return rows, checkpoint, not_bit_exact, [line for line in (problem, not_bit_exact) if line]
+    mark = f"not bit-exact: {not_bit_exact}" if not_bit_exact else ""
+    return rows, checkpoint, not_bit_exact, [line for line in (problem, mark) if line]
 
 
 def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:

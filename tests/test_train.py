@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,19 @@ def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tm
     again = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
     assert "SHA-256 does not match" in again.stdout
     assert outcome(folder) == outcome(undisturbed)
+
+
+@pytest.mark.parametrize("key", ["threads", "code_sha256"])
+def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_mark(tmp_path: Path, key: str) -> None:
+    process = start_and_wait_for_an_epoch(tmp_path)
+    process.kill()
+    process.communicate()
+    folder = tmp_path / "runs" / "small" / "seed-0"
+    facts = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(facts | {key: "before"}))
+    resumed = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
+    assert re.search(rf"not bit-exact: resumed after epoch [12] with another {key}\n", resumed.stdout)
+    assert json.loads((folder / "result.json").read_text())["not_bit_exact"].endswith(f"with another {key}")
 
 
 def test_what_is_done_is_skipped_and_another_study_is_refused(tmp_path: Path, undisturbed: Path) -> None:
