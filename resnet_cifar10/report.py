@@ -226,7 +226,8 @@ def machine(row: Row) -> dict[str, str]:
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
-        "PyTorch, Python": seen("torch", "python"), "resnet-cifar10, git commit": seen("package", "git_commit"),
+        "PyTorch, Python": seen("torch", "python"),
+        "resnet-cifar10, git commit": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("package", "git_commit")),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip
 
