@@ -204,6 +204,8 @@ def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_settings_of_the_comparison_differ_in_their_names_alone() -> None:
-    first, second = load_settings(ROOT / "settings" / "frameworks.toml")
+def test_the_settings_of_the_comparison_differ_in_nothing_but_what_is_compared() -> None:
+    first, second, faster = load_settings(ROOT / "settings" / "frameworks.toml")
     assert first.model_dump(exclude={"name"}) == second.model_dump(exclude={"name"})
+    what = {"name", "precision", "compile"}
+    assert first.model_dump(exclude=what) == faster.model_dump(exclude=what) and first.precision != faster.precision
