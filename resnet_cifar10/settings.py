@@ -58,8 +58,9 @@ class Setting(BaseModel):
             "name": (self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
             "model": (re.fullmatch(r"resnet[1-9]\d{0,3}", self.model) and self.depth % 6 == 2 and 8 <= self.depth <= 1202,
                       "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
-            "augmentation": (parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts)),
-                             f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip)"),
+            "augmentation": (parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts)
+                                                   and not {"flip", "altflip"} <= set(parts)),
+                             f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip), one flip at most"),
             "lr_milestones": (all(a < b for a, b in pairwise([0, *self.lr_milestones, 1])), "rising fractions of the run"),
             "seeds": (len(set(self.seeds)) == len(self.seeds) and all(0 <= s < 2**32 for s in self.seeds),
                       "different whole numbers from 0 to 4294967295"),

@@ -123,6 +123,7 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "unknown decay": ('lr_decay = "exponential"', ["'lr_decay'", "exponential", "cosine"]),
     "unknown augmentation": ('augmentation = "crop_flop"', ["'augmentation'", "crop_flop", "cutout"]),
     "augmentation twice": ('augmentation = "crop_crop"', ["'augmentation'", "crop_crop"]),
+    "two flips": ('augmentation = "flip_altflip"', ["'augmentation'", "flip_altflip", "one flip"]),
     "patience without validation": ("patience = 5\nvalidation_size = 0", ["'patience'", "validation_size"]),
     "no patience": ("patience = 0", ["'patience'", "0"]),
     "nesterov without momentum": ("nesterov = true\nmomentum = 0", ["'nesterov'", "momentum"]),
