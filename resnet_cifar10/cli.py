@@ -1,4 +1,4 @@
-"""The command line: sub-commands, exit statuses, no logic."""
+"""The command line: sub-commands, options and exit statuses."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def main() -> None:
     except OSError as error:
         _fail(error, 1)
     except Exception as error:
-        kind = type(error).__name__  # of classes whose rooms are imported only where they are needed
+        kind = type(error).__name__  # of classes whose modules are imported only where they are needed
         if kind == "Interrupted":
             _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
         if kind not in ("TrainingFailed", "DownloadFailed"):

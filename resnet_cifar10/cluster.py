@@ -26,7 +26,7 @@ from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
 from .storage import read_json
-from .study import Interrupted, Run, claim, pace, run, run_folders, stop_signals
+from .study import Interrupted, Task, claim, pace, run, run_folders, stop_signals
 from .train import TrainingFailed
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
@@ -59,10 +59,9 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
     with _ray(address) as ray, stop_signals() as received:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = gpus if gpus is not None else 0.5 * (device != "cpu" and any("GPU" in node for node in nodes))
-        if device == "cuda" and not gpus:
-            raise ValueError(
-                "--device: found 'cuda', with no GPU for a run; allowed: auto or cpu, or a part of one with --gpus"
-            )
+        if device != "auto" and (device == "cuda") != (gpus > 0):
+            raise ValueError(f"--device, --gpus: found {device!r} and {gpus:g} GPUs for a run; allowed: "
+                             "cuda with a part of one, cpu with none, or auto")  # fmt: skip
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
         print(f"reading {data}", flush=True)
@@ -102,7 +101,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
         raise TrainingFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
 
 
-def _progress(runs: Sequence[Run]) -> tuple[Table, str]:
+def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     """Read from the folders of the runs that have not ended which of them run where, how far and until when."""
     table = Table("run", "where", "epoch", "validation", "until", box=None)
     paces, epochs_left = [], []

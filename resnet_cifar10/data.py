@@ -139,8 +139,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         images, targets = torch.where(erased[..., None], fill, images), one_hot[split.labels[i]]
         if "photo" in parts:
             half = images[::2]
-            noise = torch.randn(len(half), 3, SIZE, SIZE, generator=rng).to(device)
-            images[::2] = photo_like(half, uniform[start : start + len(half)].to(device), noise)
+            noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=rng)[rank::processes].to(device)
+            images[::2] = photo_like(half, uniform[start + rank :: processes][: len(half)].to(device), noise)
         if "mixup" in parts:  # with the same batch in reverse order
             images = (share[start] * images + (1 - share[start]) * images.flip(0)).round().to(torch.uint8)
             targets = share[start] * targets + (1 - share[start]) * targets.flip(0)

@@ -22,12 +22,13 @@ def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.nda
     """Say how much each place of a photo spoke for a class: float32 [16, 16], in logits, the mean of the views that show it."""
     (maps,) = classifier.session.run(["activation_map"], {"images": views(photo)})
     upright, mirrored = np.split(maps[:, classifier.classes.index(label)], 2)  # each [boxes, 8, 8]
-    places = (np.array(boxes(*photo.size)) * GRID / (photo.size * 2)).round().astype(int).tolist()
+    width, height = photo.size
+    places = (np.array(boxes(width, height)) * GRID / (width, height, width, height)).round().astype(int).tolist()
     total, seen = np.zeros((2, GRID, GRID), np.float32)
     for (left, top, right, bottom), view in zip(places, (upright + mirrored[:, :, ::-1]) / 2, strict=True):
-        drawn = Image.fromarray(view).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-        total[top:bottom, left:right] += np.asarray(drawn)
-        seen[top:bottom, left:right] += 1
+        w, h = max(right - left, 1), max(bottom - top, 1)  # a square of a very long photo is thinner than a place
+        total[top : top + h, left : left + w] += np.asarray(Image.fromarray(view).resize((w, h), Image.Resampling.BILINEAR))
+        seen[top : top + h, left : left + w] += 1
     total /= seen.clip(1)
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .evaluate import accuracy, evaluate, fit_temperature, predict
 from .infer import SIZE, Classifier, onnx_runtime, seal
 from .model import WIDTHS, ResNet
 from .photo import views
-from .storage import load_model, save_model, write
+from .storage import load_model, save_model, write, write_json
 
 OPSET = 20
 REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
@@ -149,7 +150,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     export(folder, folder / "model.onnx")
     if len(validation):
         config["rejection_threshold"] = rejection_threshold(Classifier(folder), validation.images.numpy())
-        save_model(folder, model, config)
+        write_json(folder / "config.json", config)
     write_card(folder, config)
     return metrics
 
@@ -169,7 +170,7 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
 
 def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
-    chosen = images[:: -(-len(images) // FRAMED)]
+    chosen = images[:: math.ceil(len(images) / FRAMED)]
     photos = (framed(image, np.random.default_rng([0, index])) for index, image in enumerate(chosen))
     return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
 

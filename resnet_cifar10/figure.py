@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -15,7 +16,7 @@ WIDTH = 2 * TILE + GAP  # of a photo and, to the right of it, where the network 
 def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -> Image.Image:
     """Draw the grid of photos, each with its heat map, label, name and the bars of its three highest probabilities."""
     columns = min(COLUMNS, len(photos))
-    rows = -(-len(photos) // columns)
+    rows = math.ceil(len(photos) / columns)
     cell_height = TILE + 6 * LINE + MARGIN
     canvas = Image.new("RGB", (columns * (WIDTH + MARGIN) + MARGIN, rows * cell_height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)

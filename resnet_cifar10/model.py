@@ -65,6 +65,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        dtype, x = x.dtype, x.to(self.weight.dtype)
         count = torch.tensor(x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
         dist.all_reduce(count)
         mean: Tensor = _Sum.apply(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
@@ -73,7 +74,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return centred * (self.weight / (variance + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
+        out = centred * (self.weight / (variance + self.eps).sqrt())[:, None, None] + self.bias[:, None, None]
+        return out.to(dtype)
 
 
 class Block(nn.Module):

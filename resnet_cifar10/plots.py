@@ -88,7 +88,8 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     axes.get_ylim()  # settles the limits
     step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
-    for i, (height, text, colour) in enumerate(sorted(end for end in ends if math.isfinite(end[0]))):
+    ends = sorted(end for end in ends if math.isfinite(end[0]))
+    for i, (height, text, colour) in enumerate(ends):
         wanted = axes.transLimits.transform(axes.transScale.transform((1, height)))[1]
         place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
         axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")

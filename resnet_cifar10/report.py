@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 import shlex
 import zipfile
@@ -32,8 +33,8 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
                  "altflip": "each image mirrored in every second epoch",
                  "photo": "framing, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
-SOURCES = ("resnet_cifar10", "settings", "tests", ".ci", ".gitignore", "README.md", "LICENSE", "CONTRIBUTING.md",
-           "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
+SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
+           "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
 
 
 def span(numbers: Iterable[int]) -> str:
@@ -79,7 +80,8 @@ def meaning(row: Row) -> dict[str, str]:
     decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
-    rule = f"{s.patience} epochs without a better validation accuracy end a run" + (f" ({join(ended)})" if ended else "")
+    rule = f"{s.patience} epochs without a better validation accuracy, after the last decay of lr, end a run"
+    rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):
         kept = "the last one: no images were held out to choose by"
@@ -259,7 +261,7 @@ def best_section(best: Row) -> dict[str, Any] | None:
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
     """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times."""
-    sheet = Image.new("RGB", (6 * 104, -(-len(mistakes) // 6) * 104), "white")
+    sheet = Image.new("RGB", (6 * 104, math.ceil(len(mistakes) / 6) * 104), "white")
     for i, mistake in enumerate(mistakes):
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
             sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), (i % 6 * 104, i // 6 * 104))

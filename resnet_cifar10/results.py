@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +68,6 @@ class Row:
         return np.stack([column[: min(map(len, columns))] for column in columns])
 
 
-def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    value = read_json(file)
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{file}: damaged: key '{key}' is missing")
-    return value  # type: ignore[no-any-return]
-
-
 def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
@@ -82,22 +75,22 @@ def read_run(folder: Path) -> Run:
         ValueError: Naming the damaged file.
 
     """
-    claim = _read(folder / "setting.json", ("setting", "seed"))
+    claim = read_json(folder / "setting.json", ("setting", "seed"))
     setting = validated(Setting, claim["setting"], f"{folder / 'setting.json'}: damaged")
     result: dict[str, Any] = {}
     if (folder / "result.json").exists():
-        result = _read(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
+        result = read_json(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
     metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
     if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
-    environment = _read(folder / "environment.json", ("data",)) if metrics else {}
+    environment = read_json(folder / "environment.json", ("data",)) if metrics else {}
     return Run(folder, setting, claim["seed"], metrics, result, environment, _read_signals(folder / "signals.json"))
 
 
 def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
     if not file.exists():
         return None
-    found = _read(file, ("activation", "gradient"))
+    found = read_json(file, ("activation", "gradient"))
     try:
         return np.array([found["activation"], found["gradient"]], float).reshape(2, -1)
     except (TypeError, ValueError):
@@ -168,11 +161,10 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] 
 
     if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) == 0:
         return None
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    difference, error = np.mean(a) - np.mean(b), np.sqrt(va + vb)
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = stats.t.ppf(0.975, freedom) * error
-    return float(2 * stats.t.sf(abs(difference) / error, freedom)), float(difference - half), float(difference + half)
+    with warnings.catch_warnings(action="ignore"):  # of equal values on one side
+        tested = stats.ttest_ind(a, b, equal_var=False)
+    low, high = tested.confidence_interval()
+    return float(tested.pvalue), float(low), float(high)
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:

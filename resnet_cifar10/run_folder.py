@@ -85,7 +85,8 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
         before = read_json(folder / "environment.json")
         not_bit_exact = before.get("not_bit_exact", "")
         if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
-            not_bit_exact = f"resumed after epoch {epoch} with another {', '.join(changed)}"
+            reason = f"resumed after epoch {epoch} with another {', '.join(changed)}"
+            not_bit_exact = "; ".join(filter(None, [not_bit_exact, reason]))
     # with the reason: a run that is killed before its next checkpoint must not lose it
     write_json(folder / "environment.json", environment | {"not_bit_exact": not_bit_exact})
     mark = f"not bit-exact: {not_bit_exact}" if not_bit_exact else ""
@@ -133,7 +134,7 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:
             continue
         if problems:
             (folder / LAST).unlink()  # else it would become the one that is kept
-        return Checkpoint(tensors, state, str(file)), "".join(f"{problem}; going on from {file.name}" for problem in problems)
+        return Checkpoint(tensors, state, str(file)), f"{problems[0]}; going on from {file.name}" if problems else ""
     if problems:
         raise ValueError(f"{'; '.join(problems)}; remove {folder} to start this run anew")
     return None, ""

@@ -213,7 +213,7 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     images = decode([blob or b"" for blob in blobs], f"{folder}: split '{split}'", processes)
     qualities = {_jpeg_quality(blob) for blob in blobs[:: len(blobs) // 100 + 1] if blob} - {0}
     what = "CIFAR-10" if names == CIFAR10_CLASSES else folder.resolve().name
-    copy = {0: "", 1: f" (JPEG quality {max(qualities or {0})} copy)"}.get(len(qualities), " (JPEG copy)")
+    copy = f" (JPEG quality {max(qualities)} copy)" if len(qualities) == 1 else " (JPEG copy)" if qualities else ""
     return _checked(images, labels, names, what + copy, folder)
 
 

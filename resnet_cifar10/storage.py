@@ -53,17 +53,22 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a JSON object that has these keys.
 
     Raises:
         ValueError: Naming the file and the reason.
 
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged: not a JSON object")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: damaged: key '{missing[0]}' is missing")
+    return value
 
 
 def write_tensors(path: Path, tensors: Tensors, state: dict[str, Any]) -> None:

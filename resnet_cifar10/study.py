@@ -34,7 +34,7 @@ from .train import Checkpoint, TrainingFailed
 from .train import train as train_in_pytorch
 
 Reader = Callable[[str], Split | None]
-Run = tuple[Setting, int, Path]  # a setting, a seed and their folder
+Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
 
 class Interrupted(Exception):
@@ -51,7 +51,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         ValueError: If settings, data, device and output folder do not fit together; before anything is written.
 
     """
-    device = pick_device(device)
+    device = pick_device("cpu" if (framework, device) == ("tensorflow", "auto") else device)
     read = cache(partial(load, data, processes=os.cpu_count() or 1))
     runs = run_folders(settings, out)
     for setting in settings:
@@ -73,7 +73,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     run(setting, seed, read, folder, device, rank, framework, later)
 
 
-def run_folders(settings: Sequence[Setting], out: Path) -> list[Run]:
+def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
     """Name the folder of every setting with each of its seeds."""
     return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
 
@@ -303,7 +303,7 @@ def processes(device: str) -> Iterator[int]:
             dist.destroy_process_group()
 
 
-def claim(runs: Sequence[Run], read: Reader, framework: str = "pytorch") -> None:
+def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch") -> None:
     """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
 
     Raises:
@@ -325,12 +325,13 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     row = setting.model_dump(exclude={"seeds"})
     claim: dict[str, Any] = {"setting": row, "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
-        found = read_json(folder / "setting.json")
-        if not isinstance(found, dict) or not isinstance(found.get("setting"), dict):
+        found = read_json(folder / "setting.json", ["setting"])
+        if not isinstance(found["setting"], dict):
             raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
-        before, now = ({"framework": "pytorch", **value["setting"], **value, "setting": None} for value in (found, claim))
+        before, now = {"framework": "pytorch"} | found["setting"] | found, row | claim
         if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
-                      else f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]:
+                      else f"{key} was {before.get(key)!r}, is {now[key]!r}"
+                      for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
             raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")

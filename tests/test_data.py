@@ -555,6 +555,13 @@ def test_an_alternating_flip_mirrors_each_image_in_every_second_epoch():
     assert 90 <= sum(first) <= 150 and first != mirrored(1, seed=1)
 
 
+def test_each_process_changes_its_images_like_other_photos():
+    split = Split(torch.full((64, 32, 32, 3), 100, dtype=torch.uint8), torch.arange(64) % 10, CLASS_NAMES, "all alike")
+    parts = [list(batches(split, 32, "photo", 0, 1, FILL, rank, 2)) for rank in range(2)]
+    changed = torch.cat([images[::2] for part in parts for images, _ in part])
+    assert len(changed) == 32 == len(torch.unique(changed.flatten(1), dim=0))
+
+
 def test_cutout_erases_one_square_somewhere():
     images, targets = epoch_of(marked(240), "cutout")
     erased = (images == FILL).all(3)

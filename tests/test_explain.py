@@ -43,6 +43,11 @@ def test_large_photos_are_reduced_to_640_pixels_and_small_ones_stay(size: tuple[
     assert heat_map(Image.new("RGB", size), np.ones((8, 8), np.float32)).size == drawn
 
 
+@pytest.mark.parametrize("size", [(1200, 60), (60, 1200), (2000, 40)])
+def test_very_long_photos_are_explained_too(size: tuple[int, int]) -> None:
+    assert activation(Classifier(), Image.new("RGB", size, (120, 140, 120)), "cat").shape == (16, 16)
+
+
 def test_it_looks_where_the_animal_is() -> None:
     with Image.open(f"{pytest.importorskip('skimage').data_dir}/chelsea.png") as cat:
         photo = Image.new("RGB", (900, 300), (120, 140, 120))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import erf
+from torch import distributed as dist
 from torch import nn
 
-from resnet_cifar10.model import BatchNorm2d, ResNet, parameter_count
+from resnet_cifar10.model import BatchNorm2d, ResNet, SyncBatchNorm2d, parameter_count
 
 COUNTS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}
 
@@ -269,3 +270,17 @@ def test_compiled_batch_norm_is_batch_norm(shape: tuple[int, ...]) -> None:
     for theirs, ours in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.compile(BatchNorm2d(shape[1]), backend="eager")(torch.full(shape, 10.3)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_of_one_process_is_batch_norm(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 16, 8, 4).to(dtype) * 3 + 2
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        theirs, ours = nn.BatchNorm2d(16), SyncBatchNorm2d(16)
+        out = ours(x)
+    finally:
+        dist.destroy_process_group()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, theirs(x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    torch.testing.assert_close([ours.running_mean, ours.running_var], [theirs.running_mean, theirs.running_var])

@@ -331,7 +331,8 @@ def test_equal_runs_give_equal_bytes(out: Path, tmp_path: Path) -> None:
 def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_path: Path) -> None:
     root = tmp_path / "checkout"
     for name in ("pyproject.toml", "README.md", "resnet_cifar10/train.py", "resnet_cifar10/__pycache__/train.pyc",
-                 "settings/fast.toml", "tests/test_train.py", "runs/fast/result.json", "data/test.parquet", ".venv/bin/python",
+                 "settings/fast.toml", "tests/test_train.py", "torture/__main__.py", "benchmarks/bench.py", "docs/report.png",
+                 "runs/fast/result.json", "data/test.parquet", ".venv/bin/python",
                  ".git/config"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
@@ -341,7 +342,8 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
         assert archive.read("1234_Name/report/report.html") == (out / "report.html").read_bytes()
     plots = {f"report/plots/{file.name}" for file in (out / "plots").iterdir()}
     assert names == plots | {"pyproject.toml", "README.md", "resnet_cifar10/train.py", "settings/fast.toml",
-                             "tests/test_train.py", "report/report.html", "report/report.md"}  # fmt: skip
+                             "tests/test_train.py", "torture/__main__.py", "benchmarks/bench.py", "docs/report.png",
+                             "report/report.html", "report/report.md"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("out_zip", "folder", "root", "said"), [

@@ -1,4 +1,4 @@
-"""The order of the rooms: imports point one way only."""
+"""The order of the modules: imports point one way only."""
 
 import ast
 import subprocess
@@ -16,36 +16,36 @@ ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sou
          "__main__", "__init__")  # fmt: skip
 
 
-def imports(room: str) -> set[str]:
-    """The rooms that a room imports, also inside its functions."""
-    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+def imports(module: str) -> set[str]:
+    """The modules that a module imports, also inside its functions."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
     return {name for node in found for name in ([node.module] if node.module else [alias.name for alias in node.names])}
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_module_has_its_place() -> None:
     assert sorted(ORDER) == sorted(file.stem for file in PACKAGE.glob("*.py"))
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_a_room_imports_only_what_stands_before_it(room: str) -> None:
-    assert imports(room) <= set(ORDER[: ORDER.index(room)])
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_what_stands_before_it(module: str) -> None:
+    assert imports(module) <= set(ORDER[: ORDER.index(module)])
 
 
-@pytest.mark.parametrize("room", CORE)
-def test_the_core_needs_no_other_room(room: str) -> None:
-    assert imports(room) <= set(CORE)
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_needs_no_other_module(module: str) -> None:
+    assert imports(module) <= set(CORE)
 
 
 def test_the_core_does_not_know_tensorflow() -> None:
-    """Without the extra nothing imports it: one room does, and that one is imported in one function alone."""
-    for room in set(ORDER) - {"tensorflow_twin"}:
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+    """Without the extra nothing imports it: one module does, and that one is imported in one function alone."""
+    for module in set(ORDER) - {"tensorflow_twin"}:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
         foreign = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name for node in foreign for alias in node.names} | {getattr(node, "module", None) for node in foreign}
         assert not names & {"tensorflow", "keras"}
-        assert ("tensorflow_twin" in names) == (room == "study")
-        assert room not in CORE or "tensorflow" not in ast.dump(tree).lower()
+        assert ("tensorflow_twin" in names) == (module == "study")
+        assert module not in CORE or "tensorflow" not in ast.dump(tree).lower()
     loaded = "import sys, resnet_cifar10.cli, resnet_cifar10.study; print({'tensorflow', 'keras'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "set()\n"
 
@@ -59,5 +59,5 @@ def test_without_tensorflow_the_extra_is_named() -> None:
 
 
 def test_inference_needs_no_pytorch() -> None:
-    for room in ("infer", "photo", "explain", "figure", "serve"):
-        assert "import torch" not in (PACKAGE / f"{room}.py").read_text()
+    for module in ("infer", "photo", "explain", "figure", "serve"):
+        assert "import torch" not in (PACKAGE / f"{module}.py").read_text()
