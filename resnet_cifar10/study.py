@@ -30,8 +30,7 @@ from .settings import Setting
 from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model, read_json, write_json
-from .train import Checkpoint, TrainingFailed
-from .train import train as train_in_pytorch
+from .train import Learner, TrainingFailed, train
 
 Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
@@ -83,7 +82,7 @@ class Framework:
     """All that depends on the framework."""
 
     resolve: Callable[[Setting, str], tuple[str, bool]]  # setting and device to precision and whether to compile
-    train: Callable[..., Iterator[tuple[dict[str, Any], Checkpoint]]]  # train.train, or what does the same
+    learner: Any  # train.Learner, or what does the same
     forward: Callable[[ResNet, dict[str, Any]], Forward]  # network and its arguments to what computes its logits
     versions: dict[str, str]  # of what it needs besides PyTorch
 
@@ -98,8 +97,8 @@ def choose(framework: str) -> Framework:
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
 
-        return Framework(twin.resolve, twin.train, twin.forward, twin.VERSIONS)
-    return Framework(_resolve, train_in_pytorch, lambda network, _: network, {})
+        return Framework(twin.resolve, twin.Learner, twin.forward, twin.VERSIONS)
+    return Framework(_resolve, Learner, lambda network, _: network, {})
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
@@ -155,8 +154,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             if received:
                 raise Interrupted(received[0])
 
-        how = (device, precision, compiled, start, checkpoint, after_step)
-        for row, checkpoint in chosen.train(setting, seed, training, validation, *how):
+        how = (device, precision, compiled, start, checkpoint, after_step, chosen.learner)
+        for row, checkpoint in train(setting, seed, training, validation, *how):
             rows.append(row)
             if rank == 0:
                 save(folder, rows, checkpoint)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Split, batches, mean_and_std, normalise
-from .evaluate import accuracy, negative_log_likelihood, predict
+from .data import Split, mean_and_std, normalise
+from .evaluate import predict
 from .infer import SIZE
 from .model import GROUPS, WIDTHS, ResNet
 from .settings import Setting
-from .storage import Tensors, check_tensors
-from .train import Checkpoint, TrainingFailed, learning_rate, patience_ended
+from .storage import Tensors
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # with it, faster, TensorFlow prints lines that nothing else silences
@@ -202,69 +198,51 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
     return "float32" if setting.precision == "auto" else setting.precision, False
 
 
-def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
-          compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
-          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-          ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
-    """Do what train.train does, from the same initial weights; arguments, yields and errors are described there."""
-    steps = math.ceil(len(training) / setting.batch_size)
-    mean, std = mean_and_std(training.images)
-    fill = (torch.tensor(mean) * 255).round().to(torch.uint8)
-    architecture = setting.architecture(len(training.classes))
-    torch.manual_seed(seed)
-    network = ResNet(**architecture)
-    network.load_state_dict(first_weights or {}, strict=False)
-    network.to(getattr(torch, precision))
-    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
-    best: Tensors = {}
-    model = from_pytorch(network, architecture, 0.0 if setting.optimizer == "adamw" else setting.weight_decay, precision)
-    optimizer = make_optimizer(setting)
-    optimizer.build(model.trainable_variables)
-    if checkpoint:
-        shapes = {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in network.state_dict().items()}
-        shapes |= {f"optimizer.{index}": variable.shape for index, variable in enumerate(optimizer.variables)}
-        check_tensors(checkpoint.where, shapes, checkpoint.tensors)
-        state |= checkpoint.state
-        best = checkpoint.part("best")
-        network.load_state_dict(checkpoint.part("model"))
-        model.set_weights(_keras_weights(network))
-        for index, variable in enumerate(optimizer.variables):
-            variable.assign(checkpoint.tensors[f"optimizer.{index}"].numpy())
-    options: dict[str, Any] = {"from_logits": True, "label_smoothing": setting.label_smoothing}
-    model.compile(optimizer, keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
-                  metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
-                           keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
-    mean_tensor, std_tensor = torch.tensor(mean), torch.tensor(std)
-    for epoch in range(state["epoch"] + 1, setting.epochs + 1):
-        if patience_ended(setting, state["epoch"], state["best_epoch"]):
-            return
-        started = time.perf_counter()
-        totals = np.zeros(2)
-        source = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill)
-        for step, (images, targets) in enumerate(source):
-            optimizer.learning_rate = rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
-            x = normalise(images, mean_tensor, std_tensor).permute(0, 2, 3, 1).to(network.linear.weight.dtype)
-            log = model.train_on_batch(x.numpy(), targets.numpy(), return_dict=True)  # the metrics of this batch alone
-            totals += len(images) * np.array([log["cross_entropy"], 100 * log["accuracy"]])
-            after_step(epoch, step + 1, steps)
-        train_loss, train_accuracy = (totals / len(training)).tolist()
-        if not math.isfinite(train_loss):
-            raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}")
-        trained = time.perf_counter()
-        validation_loss = validation_accuracy = None
-        if len(validation):
-            logits = predict(_logits(model), validation.images, mean, std)
-            validation_loss = negative_log_likelihood(logits, validation.labels)
-            validation_accuracy = accuracy(logits, validation.labels)
-        to_pytorch(model, network)
-        state["epoch"] = epoch
-        if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
-            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
-            best = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-        metrics = {
-            "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy, "lr": rate,
-            "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
-        }  # fmt: skip
-        moments = {str(index): torch.tensor(v.numpy()) for index, v in enumerate(optimizer.variables)}
-        yield metrics, Checkpoint.of(state, model=network.state_dict(), best=best, optimizer=moments)
+class Learner:
+    """The network in training, in TensorFlow: does what train.Learner does, from the same initial weights."""
+
+    def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
+                 first_weights: Tensors | None) -> None:  # fmt: skip
+        """Build network and optimizer; the device is the CPU."""
+        self.mean, self.std = mean_and_std(training.images)
+        architecture = setting.architecture(len(training.classes))
+        torch.manual_seed(seed)
+        self.network = ResNet(**architecture)
+        self.network.load_state_dict(first_weights or {}, strict=False)
+        self.network.to(getattr(torch, precision))
+        decay = 0.0 if setting.optimizer == "adamw" else setting.weight_decay
+        self.model, self.optimizer = from_pytorch(self.network, architecture, decay, precision), make_optimizer(setting)
+        self.optimizer.build(self.model.trainable_variables)
+        options: dict[str, Any] = {"from_logits": True, "label_smoothing": setting.label_smoothing}
+        self.model.compile(self.optimizer, keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
+                           metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
+                                    keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
+
+    def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
+        """Learn from a batch; return the sum of the losses, and of 100 for each image that was named rightly."""
+        self.optimizer.learning_rate = lr
+        x = normalise(images, torch.tensor(self.mean), torch.tensor(self.std)).permute(0, 2, 3, 1)
+        x = x.to(self.network.linear.weight.dtype)
+        log = self.model.train_on_batch(x.numpy(), targets.numpy(), return_dict=True)  # the metrics of this batch alone
+        return batch_size * torch.tensor([log["cross_entropy"], 100 * log["accuracy"]], dtype=torch.float64)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes]."""
+        return predict(_logits(self.model), images, self.mean, self.std)
+
+    def tensors(self) -> dict[str, Tensors]:
+        """Return all that training changes: "model" in PyTorch's layout, and "optimizer"."""
+        to_pytorch(self.model, self.network)
+        moments = {str(index): torch.tensor(variable.numpy()) for index, variable in enumerate(self.optimizer.variables)}
+        return {"model": self.network.state_dict(), "optimizer": moments}
+
+    def moment_shapes(self) -> dict[str, Sequence[int]]:
+        """Name the variables of the optimizer, each with its shape."""
+        return {str(index): tuple(variable.shape) for index, variable in enumerate(self.optimizer.variables)}
+
+    def restore(self, weights: Tensors, moments: Tensors) -> None:
+        """Take over what `tensors` gave."""
+        self.network.load_state_dict(weights)
+        self.model.set_weights(_keras_weights(self.network))
+        for index, variable in enumerate(self.optimizer.variables):
+            variable.assign(moments[str(index)].numpy())

@@ -77,9 +77,97 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
 
+class Learner:
+    """The network in training, in PyTorch: all that the training loop leaves to a framework."""
+
+    def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
+                 first_weights: Tensors | None) -> None:  # fmt: skip
+        """Build network and optimizer; the arguments are those of `train`."""
+        self.mean, self.std = mean_and_std(training.images)
+        if device == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
+        torch.manual_seed(seed)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        model = ResNet(**setting.architecture(len(training.classes)))
+        model.load_state_dict(first_weights or {}, strict=False)
+        self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer, self.setting = make_optimizer(setting, model), setting
+        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+                return model(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
+
+        def loss_and_hits(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = forward(normalise(images, mean, std))
+            hits = (logits.argmax(1) == targets.argmax(1)).sum()
+            return F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing), hits
+
+        # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
+        mode = "reduce-overhead" if device == "cuda" else None
+        self.forward = torch.compile(forward) if compiled else forward
+        self.loss_and_hits = torch.compile(loss_and_hits, mode=mode) if compiled else loss_and_hits
+        self.eager_loss_and_hits = loss_and_hits
+
+    def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
+        """Learn from this process's part of a batch: uint8 [B, 32, 32, 3] and class probabilities [B, classes].
+
+        Returns:
+            float64 [2]: the sum of the losses in nats, and of 100 for each image that was named rightly.
+
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # a last, smaller batch would have to be compiled for itself
+        compute = self.loss_and_hits if batch_size == self.setting.batch_size else self.eager_loss_and_hits
+        loss, hits = compute(images, targets)
+        (loss / batch_size).backward()  # type: ignore[no-untyped-call]
+        if dist.is_initialized():
+            _sum_gradients(self.model)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack([loss.detach().double(), 100 * hits.double()])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], with the running statistics of the first process."""
+        if dist.is_initialized():
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        self.model.eval()
+        logits = predict(self.forward, images, self.mean, self.std)
+        self.model.train()
+        return logits
+
+    def tensors(self) -> dict[str, Tensors]:
+        """Return all that training changes: "model" and "optimizer", by name."""
+        moments = {f"{index}.{key}": tensor for index, values in self.optimizer.state_dict()["state"].items()
+                   for key, tensor in values.items()}  # fmt: skip
+        return {"model": self.model.state_dict(), "optimizer": moments}
+
+    def moment_shapes(self) -> dict[str, Sequence[int]]:
+        """Name the tensors of the optimizer after its first step, each with its shape."""
+        of_adam = ("exp_avg", "exp_avg_sq", "step")
+        kinds = {"sgd": ("momentum_buffer",) * (self.setting.momentum > 0), "muon": ("momentum_buffer",)}
+        return {f"{index}.{kind}": () if kind == "step" else parameter.shape
+                for index, parameter in enumerate(self.model.parameters())
+                for kind in kinds.get(self.setting.optimizer, of_adam)}  # fmt: skip
+
+    def restore(self, weights: Tensors, moments: Tensors) -> None:
+        """Take over what `tensors` gave."""
+        self.model.load_state_dict(weights)
+        parameters = list(self.model.parameters())
+        state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in moments.items():
+            index, kind = key.split(".")
+            like = parameters[int(index)] if tensor.ndim else tensor  # the fused step needs the strides of the parameter
+            state[int(index)][kind] = torch.empty_like(like).copy_(tensor)
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
 def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
           compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
-          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None, framework: Any = Learner,
           ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
 
@@ -97,6 +185,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         first_weights: Replace the initial weights of the same names.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
+        framework: What computes: Learner, or a class with the same methods.
 
     Yields:
         The epoch's line of metrics (losses in nats an image, accuracies in percent; None without validation images) and
@@ -113,77 +202,41 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     if last_batch < processes:
         raise ValueError(f"key 'batch_size': found {setting.batch_size}, with a last batch of {last_batch} images; "
                          f"allowed: at least one image for each of {processes} processes")  # fmt: skip
-    mean, std = mean_and_std(training.images)
-    if device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
-    torch.manual_seed(seed)
-    dtype = torch.float64 if precision == "float64" else torch.float32
-    model = ResNet(**setting.architecture(len(training.classes)))
-    model.load_state_dict(first_weights or {}, strict=False)
-    model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(setting, model)
+    learner = framework(setting, seed, training, device, precision, compiled, first_weights)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
     best: Tensors = {}
     if checkpoint:
         if missing := state.keys() - checkpoint.state.keys():
             raise ValueError(f"{checkpoint.where}: key '{min(missing)}' is missing")
-        check_tensors(checkpoint.where, _shapes(setting, model), checkpoint.tensors)
-        state = checkpoint.state
-        best = checkpoint.part("best")
-        _restore(checkpoint, model, optimizer)
+        shapes = {f"{part}.{key}": t.shape for part in ("model", "best") for key, t in learner.tensors()["model"].items()}
+        shapes |= {f"optimizer.{key}": shape for key, shape in learner.moment_shapes().items()}
+        check_tensors(checkpoint.where, shapes, checkpoint.tensors)
+        state, best = checkpoint.state, checkpoint.part("best")
+        learner.restore(checkpoint.part("model"), checkpoint.part("optimizer"))
     training, validation_images = training.to(device), validation.images[rank::processes].to(device)
-    mean_tensor, std_tensor = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    fill = (mean_tensor * 255).round().to(torch.uint8)
+    fill = (torch.tensor(learner.mean, device=device) * 255).round().to(torch.uint8)
 
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            return model(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
-
-    def loss_and_hits(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = forward(normalise(images, mean_tensor, std_tensor))
-        hits = (logits.argmax(1) == targets.argmax(1)).sum()
-        return F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing), hits
-
-    # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
-    mode = "reduce-overhead" if device == "cuda" else None
-    fast_step = torch.compile(loss_and_hits, mode=mode) if compiled else loss_and_hits
-    fast_forward = torch.compile(forward) if compiled else forward
-    full = len(range(rank, setting.batch_size, processes))  # this process's part of a whole batch
     for epoch in range(state["epoch"] + 1, setting.epochs + 1):
         if patience_ended(setting, state["epoch"], state["best_epoch"]):
             return
         started = time.perf_counter()
-        model.train()
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         source = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill, rank, processes)
-        for step, (images, targets) in enumerate(source):
-            rate = learning_rate(setting, (epoch - 1 + step / steps) / setting.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            # a last, smaller batch would have to be compiled for itself
-            loss, hits = (fast_step if len(images) == full else loss_and_hits)(images, targets)
-            (loss / (last_batch if step == steps - 1 else setting.batch_size)).backward()  # type: ignore[no-untyped-call]
-            if processes > 1:
-                _sum_gradients(model)
-            optimizer.step()
-            optimizer.zero_grad()
-            totals += torch.stack([loss.detach().double(), 100 * hits.double()])
-            after_step(epoch, step + 1, steps)
+        for step, (images, targets) in enumerate(source, 1):
+            lr = learning_rate(setting, (epoch - 1 + (step - 1) / steps) / setting.epochs)
+            totals += learner.step(images, targets, lr, last_batch if step == steps else setting.batch_size)
+            after_step(epoch, step, steps)
         if processes > 1:
             dist.all_reduce(totals)
-            for buffer in model.buffers():  # the running statistics of the first process
-                dist.broadcast(buffer, 0)
         train_loss, train_accuracy = (totals / len(training)).tolist()
         if not math.isfinite(train_loss):
-            raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {rate:g}; "
+            raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
                                  "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
         trained = time.perf_counter()
 
-        model.eval()
         validation_loss = validation_accuracy = None
         if len(validation):
-            part = predict(fast_forward, validation_images, mean, std)
+            part = learner.logits(validation_images)
             logits = part.new_zeros(len(validation), part.shape[1])
             logits[rank::processes] = part
             if processes > 1:
@@ -193,15 +246,13 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         state["epoch"] = epoch
         if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
             state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
-            best = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            best = {key: tensor.clone() for key, tensor in learner.tensors()["model"].items()}
         metrics = {
             "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy, "lr": rate,
+            "validation_accuracy": validation_accuracy, "lr": lr,
             "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
         }  # fmt: skip
-        moments = {f"{index}.{key}": tensor for index, values in optimizer.state_dict()["state"].items()
-                   for key, tensor in values.items()}  # fmt: skip
-        yield metrics, Checkpoint.of(state, model=model.state_dict(), best=best, optimizer=moments)
+        yield metrics, Checkpoint.of(state, best=best, **learner.tensors())
 
 
 def _sum_gradients(model: ResNet) -> None:
@@ -211,25 +262,3 @@ def _sum_gradients(model: ResNet) -> None:
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view(gradient.shape))
-
-
-def _shapes(setting: Setting, model: ResNet) -> dict[str, Sequence[int]]:
-    """Name the tensors of a checkpoint, each with its shape."""
-    of_adam = ("exp_avg", "exp_avg_sq", "step")
-    kinds = {"sgd": ("momentum_buffer",) * (setting.momentum > 0), "muon": ("momentum_buffer",)}.get(setting.optimizer, of_adam)
-    shapes: dict[str, Sequence[int]] = {
-        f"optimizer.{index}.{kind}": () if kind == "step" else parameter.shape
-        for index, parameter in enumerate(model.parameters()) for kind in kinds
-    }  # fmt: skip
-    return shapes | {f"{group}.{key}": t.shape for group in ("model", "best") for key, t in model.state_dict().items()}
-
-
-def _restore(checkpoint: Checkpoint, model: ResNet, optimizer: torch.optim.Optimizer) -> None:
-    model.load_state_dict(checkpoint.part("model"))
-    parameters = list(model.parameters())
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in checkpoint.part("optimizer").items():
-        index, kind = key.split(".")
-        like = parameters[int(index)] if tensor.ndim else tensor  # the fused step needs the strides of the parameter
-        state[int(index)][kind] = torch.empty_like(like).copy_(tensor)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -32,13 +32,17 @@ def _instead(old: Any, new: Any) -> PutIn:
     return put_in
 
 
-def _changed(module: Any, **values: Any) -> PutIn:
-    """Give variables of a module other values."""
+def _changed(owner: Any, **values: Any) -> PutIn:
+    """Give variables of a module or class other values."""
+
+    def give(names: dict[str, Any]) -> None:
+        for name, value in names.items():
+            setattr(owner, name, value)
 
     def put_in() -> Callable[[], None]:
-        before = {name: getattr(module, name) for name in values}
-        vars(module).update(values)
-        return lambda: vars(module).update(before)
+        before = {name: getattr(owner, name) for name in values}
+        give(values)
+        return lambda: give(before)
 
     return put_in
 
@@ -68,12 +72,12 @@ def _unverified(path: Path) -> tuple[storage.Tensors, dict[str, Any]]:
         return tensors, json.loads(file.metadata()["checkpoint"])["state"]
 
 
-def _forgetful(checkpoint: train.Checkpoint, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    _RESTORE(checkpoint, model, optimizer)
-    optimizer.state.clear()
+def _forgetful(learner: train.Learner, weights: storage.Tensors, moments: storage.Tensors) -> None:
+    _RESTORE(learner, weights, moments)
+    learner.optimizer.state.clear()
 
 
-_RESTORE, _FAIL = train._restore, cli._fail
+_RESTORE, _FAIL = train.Learner.restore, cli._fail
 
 
 @contextmanager
@@ -100,7 +104,7 @@ def _lenient_settings() -> Callable[[], None]:
 
 
 BROKEN: dict[str, list[tuple[str, PutIn]]] = {
-    "kill": [("a resume that forgets the optimizer's state", _instead(train._restore, _forgetful))],
+    "kill": [("a resume that forgets the optimizer's state", _changed(train.Learner, restore=_forgetful))],
     "write": [("a writer without rename", _instead(storage.write, _write_in_place))],
     "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
     "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
