@@ -113,8 +113,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             name = shortened(row.name)
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
         if enlarged:
-            finished = [value for row, value in zip(rows, highest, strict=True) if row.done]
-            axes.set_ylim(min(finished) - 3, max(highest) + 0.7)
+            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
@@ -146,14 +145,18 @@ def plot_one(row: Row) -> Picture:
 
 
 def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
-    """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals."""
+    """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals.
+
+    Differences far beyond most others are marked at the edge, so that those can be seen.
+    """
+    edge = -1.5 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for i, (_, difference, low, high) in enumerate(rows):
             colour = LINES[0][0] if low > 0 or high < 0 else MUTED
-            axes.plot([low, high], [i, i], color=colour)
-            axes.plot(difference, i, "o", color=colour, markeredgecolor=PAPER)
+            axes.plot([max(low, edge), max(high, edge)], [i, i], color=colour)
+            axes.plot(max(difference, edge), i, "<" if difference < edge else "o", color=colour, markeredgecolor=PAPER)
             figures = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
             axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)

@@ -33,6 +33,7 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
                  "altflip": "each image mirrored in every second epoch",
                  "photo": "framing, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
+MANY = 5  # settings, from here on the findings name only the extremes
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
            "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
 
@@ -80,17 +81,20 @@ def meaning(row: Row) -> dict[str, str]:
     decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
-    rule = f"{s.patience} epochs without a better validation accuracy, after the last decay of lr, end a run"
+    counted = "" if s.lr_decay == "none" else ", counted from the last decay of lr on,"
+    rule = f"{s.patience} epochs without a better validation accuracy{counted} end a run"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):
         kept = "the last one: no images were held out to choose by"
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
+    decayed = np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1)
+    decayed += " times lr of each weight in a step, apart from the gradient" if s.optimizer in ("adamw", "muon") else ""
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
         "First weights": f"those of {s.start_from}" if s.start_from else "random",
         "Optimizer": momentum if s.optimizer in ("sgd", "muon") else f"betas {s.momentum:g} and 0.999",
-        "Weight decay": np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1) if s.weight_decay else "none",
+        "Weight decay": decayed if s.weight_decay else "none",
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
@@ -114,7 +118,8 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
     rivals = sum(bool(row.accuracies("validation")) for row in rows)
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
-        text = f"{best.name} is the best of {rivals} settings by validation accuracy ({spread(validation)} %)."
+        settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
+        text = f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %)."
     if tests:
         test = best.done[0].result["test"]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
@@ -154,7 +159,7 @@ def compare(row: Row, other: Row) -> str:
     interval = f"95 % interval {low:+.2f} to {high:+.2f} points".replace("-", "−")
     text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({interval}; {len(a)} against {len(b)} seeds, "
              f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
-    return text + (" Which of the changes did it, these runs do not tell." if len(values) > 1 and p < 0.05 else "")
+    return text + (" Which of the changes did it, this comparison does not tell." if len(values) > 1 and p < 0.05 else "")
 
 
 def pairs(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, Row]]:
@@ -177,15 +182,18 @@ def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> lis
     for row in (row for row in finished if row.accuracies("validation")):
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
-        gaps.append(f"{row.name} {train:.1f} against {seen:.1f} % ({train - seen:+.1f} points)")
+        gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({train - seen:+.1f} points)"))
         curves = [run.curve("validation_accuracy") for run in row.done]
         flat.append(f"{span(int((c >= c.max() - 1).argmax()) + 1 for c in curves)} of {row.setting.epochs} ({row.name})")
     if gaps:
-        augmented = any(row.setting.augmentation != "none" for row in finished)
-        found.append(("Overfitting", f"Training against validation accuracy at the kept epoch: {join(gaps)}. Training accuracy "
-                      f"is counted during the epoch{', on augmented images' * augmented}.".replace("(-", "(−")))  # fmt: skip
-        text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
-        found.append(("Where the curves flatten", text))
+        many, augmented = len(gaps) > MANY, any(row.setting.augmentation != "none" for row in finished)
+        shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
+        found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
+                      f"{shown}. Training accuracy is counted during the epoch{', on augmented images' * augmented}."
+                      .replace("(-", "(−")))  # fmt: skip
+        if not many:
+            text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
+            found.append(("Where the curves flatten", text))
     return found
 
 
@@ -202,12 +210,12 @@ def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, f
 def limits(rows: Sequence[Row], data: str, comparisons: int) -> list[str]:
     """Say what these runs cannot show, of which so many were compared with a test."""
     seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
-    said = [f"{span(seeds)} seed{'s' if max(seeds) > 1 else ''} a setting: a difference smaller than its interval is not "
-            "evidence of none, the runs just cannot tell."] if seeds else []  # fmt: skip
+    said = [f"{span(seeds)} seed{'s' if max(seeds) > 1 else ''} a setting: an interval that includes 0 does not show that "
+            "there is no difference."] if seeds else []  # fmt: skip
     if comparisons > 1:
-        said.append("Each comparison is tested by itself: at the 5 % level, one in twenty looks real by chance.")
+        said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real.")
     return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
-            "fewer.", f"One data set: {data}. The order of settings on other pictures may be another."]  # fmt: skip
+            "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
 
 def machine(row: Row) -> dict[str, str]:
@@ -232,6 +240,12 @@ def machine(row: Row) -> dict[str, str]:
         "resnet-cifar10, git commit": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("package", "git_commit")),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip
+
+
+def top_of(rows: Sequence[Row]) -> list[Row]:
+    """Choose the finished rows within ten points of the best, whose curves are worth a closer look."""
+    highest = [(row, float(row.curves("validation_accuracy").mean(0).max())) for row in rows if row.done]
+    return [row for row, value in highest if value > max(value for _, value in highest) - 10]
 
 
 def best_run(best: Row) -> Run:
@@ -334,9 +348,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     cards = classified(photos, classifier) if classifier else []
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
-    finals = [row.curves("validation_accuracy").mean(0).max() for row in validated if row.done]
     overview = [plot_all(validated, enlarged=False)] if validated else []
-    overview += [plot_all(validated, enlarged=True)] if finals and np.ptp(finals) < 10 else []
+    overview += [plot_all(top, enlarged=True)] if (top := top_of(validated)) else []
     plots = [(row, plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
@@ -350,6 +363,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
+        "classified_by": f"the network {portable(photo_model)}" if photo_model else best and f"{best.name}, the best setting",
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": ". ".join(alike),

@@ -194,7 +194,7 @@ def test_findings_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path)
     assert ("**Setting #1 against Setting #2.** Differs in lr decay (none instead of step) and patience (3 instead of none). "
             "2.20 points worse (90.20 against 92.40 %). The seeds can tell the two apart "
             f"(95 % interval −{-low:.2f} to −{-high:.2f} points; 3 against 3 seeds, Welch's t test, p = {p:.2g}). "
-            "Which of the changes did it, these runs do not tell.") in text  # fmt: skip
+            "Which of the changes did it, this comparison does not tell.") in text  # fmt: skip
     assert "**Setting #3 against Setting #2.** Differs in model (resnet20 instead of resnet32). 1.10 points better" in text
     assert "One seed cannot tell the setting from chance: the choice of test images alone leaves 93.0 to 94.0 %" in text
     assert "Setting #1 95.0 against 91.0 % (+4.0 points)" in text
@@ -311,7 +311,7 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     assert "Not the original pixels" not in (out / "report.html").read_text()
     write_run(tmp_path / "copy", ONE, 0, 89.0, source="CIFAR-10 (JPEG quality 75 copy)")
     page = report([tmp_path / "copy"], tmp_path / "out")
-    assert "2–3 points higher" in page.read_text() and "2–3 points higher" in page.with_suffix(".md").read_text()
+    assert all("some points more" in file.read_text() for file in (page, page.with_suffix(".md")))
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
 
 
