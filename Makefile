@@ -9,7 +9,7 @@ export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
 demo: .venv/ready  ## Train two small networks, write a report, classify real photographs
 	$(BIN)/resnet-cifar10 train settings/digits.toml --data digits --out runs/demo
 	photos=$$($(BIN)/python -c 'import skimage; print(skimage.data_dir)') && \
-	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32-photos --photo $$photos/chelsea.png \
+	$(BIN)/resnet-cifar10 report runs/demo --out reports/demo --photo-model resnet32 --photo $$photos/chelsea.png \
 		--photo $$photos/coffee.png --photo $$photos/astronaut.png --photo $$photos/rocket.jpg && \
 	$(BIN)/resnet-cifar10 infer $$photos/chelsea.png $$photos/coffee.png $$photos/astronaut.png $$photos/rocket.jpg \
 		--figure reports/demo/photos.png

@@ -200,7 +200,7 @@ def main() -> None:
         table = [([accuracy(places, mirrored, rule) for rule in RULES], places)
                  for places in itertools.combinations(range(len(names)), count)]  # fmt: skip
         best = sorted(table, key=lambda row: -max(row[0]))
-        rows += [(values, places, mirrored) for values, places in (best if count == 1 else best[:4])]
+        rows += [(values, places, mirrored) for values, places in (best if (count, mirrored) == (1, 1) else best[:2])]
     for values, places, mirrored in rows:
         text = " + ".join(names[place] for place in places) + (", mirrored" if mirrored == 2 else "")
         print(f"| {text} | {mirrored * len(places)} | {' | '.join(f'{value:.1f}' for value in values)} |")
@@ -212,7 +212,8 @@ def main() -> None:
     flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in each] for kind, each in looked.items()}
     found = {kind: scores(*each, temperature, means, precision, usual) for kind, each in flat.items()}
     strange = [kind for kind in sets if kind != "members"]
-    print(f"\nViews of the package ({', '.join(names[place] for place in here)}; mirrored). AUROC of members against strangers "
+    print(f"\nViews of the package ({', '.join(names[place] for place in here)}; mirrored): "
+          f"{accuracy(here, 2, 'mean of probabilities'):.1f} %. AUROC of members against strangers "
           f"({', '.join(f'{len(sets[kind])} {kind}' for kind in strange)}).\n")  # fmt: skip
     print(f"| score | {' | '.join(strange)} | mean |\n| --- |{' --- |' * len(strange)} --- |")
     for score, values in found["members"].items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
 
-MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32, resnet32-photos)."
+MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
 Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="What computes.")]
@@ -95,7 +95,7 @@ def evaluate(
 @app.command()
 def infer(
     photo: Annotated[list[str], typer.Argument(metavar="photo", help="Photos, folders of photos, or '-' for standard input.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
     figure: Annotated[Path | None, typer.Option(help="Draw the photos, their labels and where it looked (PNG).")] = None,
     explain: Annotated[Path | None, typer.Option(help="Draw where it looked, over the one photo (PNG).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
@@ -208,7 +208,7 @@ def export(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32-photos",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
     host: Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
 ) -> None:

@@ -95,7 +95,7 @@ def seal(content: bytes) -> bytes:
 class Classifier:
     """The network of a model folder in ONNX Runtime."""
 
-    def __init__(self, model: str | Path = "resnet32-photos") -> None:
+    def __init__(self, model: str | Path = "resnet32") -> None:
         """Open the model.
 
         Raises:

@@ -363,7 +363,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
-        "classified_by": f"the network {portable(photo_model)}" if photo_model else best and f"{best.name}, the best setting",
+        "classified_by": f"the model {portable(photo_model)}" if photo_model else best and f"{best.name}, the best setting",
         "differences": plot_differences(baseline, changes) if changes and baseline else None, "baseline": baseline,
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": ". ".join(alike),

@@ -191,15 +191,15 @@ def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image
 
 
 def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32-photos" / "model.onnx").read_bytes())
+    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32" / "model.onnx").read_bytes())
     (tmp_path / "resnet_cifar10.py").write_text("raise ImportError('this package must not be needed')")
     photo.save(tmp_path / "photo.jpg")
-    classifier = Classifier("resnet32-photos")
+    classifier = Classifier("resnet32")
     with Image.open(tmp_path / "photo.jpg") as image:
         small = np.asarray(image.resize((32, 32), Image.Resampling.BOX))[None]
     expected = classifier.session.run(["probabilities"], {"images": small})[0][0]
     readme, card = (file.read_text().partition("```python\n")[2].partition("```")[0]
-                    for file in (ROOT / "README.md", BUILT_IN / "resnet32-photos" / "README.md"))  # fmt: skip
+                    for file in (ROOT / "README.md", BUILT_IN / "resnet32" / "README.md"))  # fmt: skip
     said, listed = (subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True) for lines in (readme, card))
     assert said.strip() == classifier.classes[expected.argmax()]
     classes, _, probabilities = listed.partition("\n")
