@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,10 @@ def environment(device: str) -> dict[str, Any]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in COMPUTING)).hexdigest()
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    ours, git = (here.parent / ".git").exists() and shutil.which("git"), ["git", "-C", str(here), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if ours else ""
     return {
-        "package": version("resnet-cifar10"), "git_commit": commit, "code_sha256": code, "python": platform.python_version(),
+        "git_commit": commit or "unknown", "code_sha256": code, "python": platform.python_version(),
         "torch": torch.__version__, "system": platform.system(), "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -237,7 +237,7 @@ def machine(row: Row) -> dict[str, str]:
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
-        "resnet-cifar10, git commit": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("package", "git_commit")),
+        "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),
         "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
     }  # fmt: skip
 
@@ -405,7 +405,7 @@ def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
             raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
     check_archive(out_zip)
     files = {Path("report") / file.relative_to(report_folder): file
-             for file in (*report_folder.glob("report.*"), *report_folder.glob("plots/*"))}  # fmt: skip
+             for file in (*report_folder.glob("report.[hm]*"), *report_folder.glob("plots/*"))}  # fmt: skip
     for source in (package_root / name for name in SOURCES):
         for file in (source, *source.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:

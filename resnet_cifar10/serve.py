@@ -237,20 +237,19 @@ def _guarded(app: ASGIApp, host: str) -> ASGIApp:
 
 
 def _refusal(scope: Scope, host: str) -> str | None:
-    headers = Headers(scope=scope)
-    address, port = scope["server"]  # where this connection arrived: of a rebound name the header says the name, not this
-    hosts = {_location(name, port) for name in ("localhost", "127.0.0.1", "::1", host.lower(), address.removeprefix("::ffff:"))}
-    hosts |= {location.removesuffix(":80") for location in hosts}
-    if headers.get("host", "").lower() not in hosts:
-        return f"Host {headers.get('host')}: this server is {_location(address, port)}"
-    origin = headers.get("origin")
-    if scope["method"] == "POST" and origin is not None and origin.lower() not in {f"http://{location}" for location in hosts}:
+    headers, address = Headers(scope=scope), scope["server"][0].removeprefix("::ffff:")
+    here, origin = headers.get("host", "").lower(), headers.get("origin")
+    # of a rebound name the header says the name; the port may be another one, where it is forwarded
+    names = {_in_url(name) for name in ("localhost", "127.0.0.1", "::1", host.lower(), address)}
+    if re.sub(r":\d+$", "", here) not in names:
+        return f"Host {here}: this server is {_in_url(address)}"
+    if scope["method"] == "POST" and origin is not None and origin.lower() != f"http://{here}":
         return f"Origin {origin}: only this server's own page may send photos"
     return None
 
 
-def _location(name: str, port: int) -> str:
-    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+def _in_url(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def serve(model: str, host: str, port: int) -> None:
@@ -267,7 +266,7 @@ def serve(model: str, host: str, port: int) -> None:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{_location(host, port)}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
-    print(f"Open http://{_location(host, listener.getsockname()[1])} in a browser; Ctrl-C ends it.", flush=True)
+        raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
+    print(f"Open http://{_in_url(host)}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[listener])

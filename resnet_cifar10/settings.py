@@ -64,7 +64,8 @@ class Setting(BaseModel):
             "lr_milestones": (all(a < b for a, b in pairwise([0, *self.lr_milestones, 1])), "rising fractions of the run"),
             "seeds": (len(set(self.seeds)) == len(self.seeds) and all(0 <= s < 2**32 for s in self.seeds),
                       "different whole numbers from 0 to 4294967295"),
-            "patience": (self.patience is None or self.validation_size, "a validation_size above 0 to go with it"),
+            "patience": (self.patience is None or (self.validation_size and self.lr_decay in ("none", "step")),
+                         "only with a validation_size above 0, and lr_decay 'none' or 'step' (the others fall to the end)"),
             "nesterov": (not self.nesterov or (self.optimizer == "sgd" and self.momentum),
                          "true only with optimizer 'sgd' and a momentum above 0"),
         }  # fmt: skip

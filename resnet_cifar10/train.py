@@ -61,7 +61,7 @@ def learning_rate(setting: Setting, progress: float) -> float:
 
 def patience_ended(setting: Setting, epoch: int, best_epoch: int) -> bool:
     """Say whether `patience` epochs brought no better validation accuracy, counted after the last scheduled decay."""
-    last_decay = {"none": setting.warmup, "step": max([setting.warmup, *setting.lr_milestones])}.get(setting.lr_decay, 1.0)
+    last_decay = max([setting.warmup, *(setting.lr_milestones if setting.lr_decay == "step" else [])])
     since = max(best_epoch, math.ceil(last_decay * setting.epochs))
     return setting.patience is not None and epoch - since >= setting.patience
 

@@ -363,8 +363,8 @@ def test_a_worker_that_dies_is_replaced_and_all_end_with_the_server(model: Path)
 @pytest.mark.parametrize(("host", "origin", "status"), [
     ("localhost:{port}", None, 200), ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 200),
     ("LOCALHOST:{port}", "http://localhost:{port}", 200), ("[::1]:{port}", None, 200),
-    ("evil.example", None, 403), ("evil.example:{port}", "http://evil.example:{port}", 403), ("localhost", None, 403),
-    ("localhost:1", None, 403), ("127.0.0.1.evil.example:{port}", None, 403), ("", None, 403),
+    ("evil.example", None, 403), ("evil.example:{port}", "http://evil.example:{port}", 403), ("localhost", None, 200),
+    ("localhost:1", "http://localhost:1", 200), ("127.0.0.1.evil.example:{port}", None, 403), ("", None, 403),
     ("localhost:{port}", "http://evil.example", 403), ("localhost:{port}", "null", 403), ("localhost:{port}", "", 403),
     ("localhost:{port}", "http://localhost:1", 403), ("localhost:{port}", "https://localhost:{port}", 403),
 ])  # fmt: skip

@@ -125,6 +125,7 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "augmentation twice": ('augmentation = "crop_crop"', ["'augmentation'", "crop_crop"]),
     "two flips": ('augmentation = "flip_altflip"', ["'augmentation'", "flip_altflip", "one flip"]),
     "patience without validation": ("patience = 5\nvalidation_size = 0", ["'patience'", "validation_size"]),
+    "patience that never ends": ('patience = 5\nlr_decay = "cosine"', ["'patience'", "'step'"]),
     "no patience": ("patience = 0", ["'patience'", "0"]),
     "nesterov without momentum": ("nesterov = true\nmomentum = 0", ["'nesterov'", "momentum"]),
     "milestones out of order": ("lr_milestones = [0.75, 0.5]", ["'lr_milestones'", "[0.75, 0.5]"]),
@@ -297,8 +298,6 @@ def test_learning_rate_at_known_points(row, rates):
         ({"lr_decay": "step", "patience": 10}, 160),
         ({"lr_decay": "step", "patience": 10, "lr_milestones": [0.2]}, 50),
         ({"lr_decay": "step", "patience": 60}, None),
-        ({"lr_decay": "cosine", "patience": 1}, None),
-        ({"lr_decay": "linear", "patience": 1}, None),
         ({"lr_decay": "none"}, None),
     ],
 )
@@ -313,7 +312,7 @@ def test_a_better_epoch_starts_patience_anew():
 
 
 @given(
-    decay=st.sampled_from(["none", "step", "cosine", "linear"]),
+    decay=st.sampled_from(["none", "step"]),
     milestones=st.lists(st.integers(1, 19), max_size=4, unique=True).map(lambda m: sorted(x / 20 for x in m)),
     warmup=st.sampled_from([0.0, 0.1, 0.5]),
     epochs=st.integers(1, 50),
