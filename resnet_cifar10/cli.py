@@ -104,6 +104,9 @@ def infer(
     from .infer import Classifier
     from .photo import read_photo, views
 
+    for option, file in (("--figure", figure), ("--explain", explain)):
+        if file and file.suffix.lower() != ".png":
+            raise ValueError(f"{option}: found {printable(str(file))}; allowed: a file name that ends in .png")
     names = _photos(photo)
     if explain and len(names) > 1:
         raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")

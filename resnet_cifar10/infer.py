@@ -51,6 +51,8 @@ def model_folder(model: str | Path) -> Path:
     for folder in (path, path / "model", BUILT_IN / path):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "result.json").is_file():
+        raise ValueError(f"{path}: a finished run whose folder 'model' is not here; allowed: one that has it")
     names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir()))
     raise ValueError(f"{model}: no such model; allowed: a model folder, a finished run folder, or built-in: {names}")
 

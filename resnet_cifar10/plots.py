@@ -113,7 +113,9 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             name = shortened(row.name)
             ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
         if enlarged:
-            axes.set_ylim(min(highest) - 3, max(highest) + 0.7)
+            bottom = min(highest) - 3
+            first = min(int((row.curves("validation_accuracy").mean(0) >= bottom).argmax()) for row in rows)
+            axes.set(xlim=(max(0, first - 1), None), ylim=(bottom, max(highest) + 0.7))
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
@@ -135,7 +137,7 @@ def plot_one(row: Row) -> Picture:
         for run in row.done:
             epoch = run.result["best_epoch"]
             axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
-        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0]), 101))
+        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0] - 3), 101))
         label_ends(axes, [(train.mean(0)[-1], "training", MUTED), (validation.mean(0)[-1], "validation", colour)])
         plot_curves(below, lr[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
@@ -149,14 +151,15 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
 
     Differences far beyond most others are marked at the edge, so that those can be seen.
     """
-    edge = -1.5 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
+    far = -1.5 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
+    edge = min(low for _, difference, low, _ in rows if difference >= far)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for i, (_, difference, low, high) in enumerate(rows):
             colour = LINES[0][0] if low > 0 or high < 0 else MUTED
             axes.plot([max(low, edge), max(high, edge)], [i, i], color=colour)
-            axes.plot(max(difference, edge), i, "<" if difference < edge else "o", color=colour, markeredgecolor=PAPER)
+            axes.plot(max(difference, edge), i, "<" if difference < far else "o", color=colour, markeredgecolor=PAPER)
             figures = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
             axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -184,7 +187,7 @@ def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
         for sizes, _, (colour, dashes) in lines:
             axes.plot(np.arange(len(sizes)) + (not back), sizes, color=colour, linestyle=dashes)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.get_major_locator().set_params(integer=True)

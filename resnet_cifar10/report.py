@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
-from .plots import Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
+from .plots import INK, Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
 from .results import Row, Run, baseline_of, best_of, differing, join, networks, read_rows, spread, welch
 from .storage import write
 
@@ -98,7 +98,7 @@ def meaning(row: Row) -> dict[str, str]:
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
-        "Training time (m)": "training and validation, mean over the seeds; comparable on one machine only",
+        "Training time (m)": "training and validation, mean over the seeds; by the clock, beside whatever else ran",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
@@ -115,11 +115,14 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
         return f"No setting can be called the best on {data} yet: {reason}.{last}"
     tests, validation = best.accuracies("test"), best.accuracies("validation")
-    rivals = sum(bool(row.accuracies("validation")) for row in rows)
+    validated = [row for row in rows if row.accuracies("validation")]
+    rivals, sizes = len(validated), sorted({run.result["validation"]["n"] for row in validated for run in row.done})
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
         settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
         text = f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %)."
+        if len(sizes) > 1:
+            text += f" They hold out {join([f'{size:,}' for size in sizes], 'or')} images, so that choice is a rough one."
     if tests:
         test = best.done[0].result["test"]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
@@ -129,7 +132,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         few = [row.name for row in others if min(len(row.accuracies("test")), len(tests)) < 2]
         compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others if row.name not in few]
         alike = [name for name, tested in compared if tested is None or tested[0] >= 0.05]
-        who = join(alike) if len(alike) < 5 else f"{len(alike)} of the others"
+        who = join(alike, "or") if len(alike) < 5 else f"{len(alike)} of the others"
         text += f" The seeds cannot tell it from {who}." if alike else ""
         text += f" Too few seeds to compare it with {join(few) if len(few) < 5 else f'{len(few)} others'}." if few else ""
     return text + last
@@ -207,13 +210,19 @@ def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, f
     return sorted(found, key=lambda gain: gain[1])
 
 
-def limits(rows: Sequence[Row], data: str, comparisons: int) -> list[str]:
-    """Say what these runs cannot show, of which so many were compared with a test."""
+def limits(rows: Sequence[Row], data: str, tested: dict[str, float]) -> list[str]:
+    """Say what these runs cannot show; `tested` are the p values of the comparisons."""
     seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
-    said = [f"{span(seeds)} seed{'s' if max(seeds) > 1 else ''} a setting: an interval that includes 0 does not show that "
-            "there is no difference."] if seeds else []  # fmt: skip
-    if comparisons > 1:
-        said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real.")
+    said = ["One seed a setting: how far another one would end from it is not known."] if max(seeds, default=0) == 1 else []
+    if max(seeds, default=0) > 1:
+        said = [f"{span(seeds)} seeds a setting: an interval that includes 0 does not show that there is no difference."]
+    if len(tested) > 1:
+        ranked = sorted(tested, key=tested.__getitem__)
+        stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
+        fallen = [name for i, name in enumerate(ranked) if tested[name] < 0.05 and not all(stand[: i + 1])]
+        said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real. "
+                    f"Tested as {len(ranked)} at once (Holm's correction, 5 %), "
+                    + (f"those of {join(fallen)} no longer tell." if fallen else "the same ones tell."))  # fmt: skip
     return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
             "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
@@ -274,11 +283,16 @@ def best_section(best: Row) -> dict[str, Any] | None:
 
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
-    """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times."""
-    sheet = Image.new("RGB", (6 * 104, math.ceil(len(mistakes) / 6) * 104), "white")
+    """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times and with its classes."""
+    width, height = 120, 136
+    sheet = Image.new("RGB", (6 * width, math.ceil(len(mistakes) / 6) * height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, mistake in enumerate(mistakes):
+        place = (i % 6 * width, i // 6 * height)
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
-            sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), (i % 6 * 104, i // 6 * 104))
+            sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), place)
+        text = f"true: {mistake['label']}\n{mistake['predicted']}, {100 * mistake['probability']:.0f} %"
+        pen.text((place[0], place[1] + 98), text, INK, font)
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
     return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
 
@@ -339,7 +353,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
     best, baseline = best_of(rows), baseline_of([row for row in rows if row.done])
     changes = gains(rows, baseline)
-    tested = [welch(row.accuracies("test"), other.accuracies("test")) for row, other in pairs(rows, baseline)]
+    tested = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
+              for row, other in pairs(rows, baseline)}  # fmt: skip
     section = best_section(best) if best else None
     model = photo_model or (best and best_run(best).folder)
     if photos and not model:
@@ -359,7 +374,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     options += ["--words", words] if words else []
     content: dict[str, Any] = {
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
-        "finished": any(row.done for row in rows),
+        "finished": any(row.done for row in rows), "several": any(len(row.runs) > 1 for row in rows),
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
@@ -368,7 +383,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "alike": ". ".join(alike),
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, data, sum(each is not None for each in tested)),
+        "limits": limits(rows, data, {names: found[0] for names, found in tested.items() if found}),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words), "classifier": classifier,
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip

@@ -199,7 +199,8 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
 
 
-def join(words: Sequence[str]) -> str:
+def join(words: Sequence[str], link: str = "and") -> str:
     """Join as in a sentence: "a, b and c", or "a; b, c; and d" where a word has a comma of its own."""
-    comma, last = ("; ", "; and ") if len(words) > 2 and any(", " in word for word in words) else (", ", " and ")
+    nested = len(words) > 2 and any(", " in word for word in words)
+    comma, last = ("; ", f"; {link} ") if nested else (", ", f" {link} ")
     return last.join(filter(None, [comma.join(words[:-1]), *words[-1:]]))

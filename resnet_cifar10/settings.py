@@ -136,7 +136,7 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
                              f"'{setting.slug}'; names must differ in their letters and digits")  # fmt: skip
     for name in only:
         if slug(name) not in seen:
-            raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(s.name for s in settings)}")
+            raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(repr(s.name) for s in settings)}")
     wanted = {slug(name) for name in only} or seen
     return [setting for setting in settings if setting.slug in wanted]
 
@@ -146,7 +146,7 @@ def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # misspelt, a key is missing too
         key = ".".join(str(part) for part in first["loc"])
         message = f"key '{key}': found {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":

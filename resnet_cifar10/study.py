@@ -252,10 +252,14 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     if setting.validation_size and (own := read("val")):
         training, validation = everything, own
     else:
-        kept, held = hold_out(everything.labels, setting.validation_size, seed)
+        try:
+            kept, held = hold_out(everything.labels, setting.validation_size, seed)
+        except ValueError as error:
+            raise ValueError(f"setting '{setting.name}': {error}") from None
         training, validation = everything.subset(kept), everything.subset(held)
     if setting.batch_size > len(training):
-        raise ValueError(f"key 'batch_size': found {setting.batch_size}; allowed: at most the {len(training)} training images")
+        raise ValueError(f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}; "
+                         f"allowed: at most the {len(training)} training images")  # fmt: skip
     return training, validation
 
 

@@ -17,14 +17,15 @@ import numpy as np
 import onnx
 import pytest
 from conftest import CLASSES, ROOT, encoded, one_line
+from matplotlib.figure import Figure
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from resnet_cifar10 import settings
+from resnet_cifar10 import plots, settings
 from resnet_cifar10.evaluate import wilson_interval
-from resnet_cifar10.plots import INK, draw, label_ends
+from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
 from resnet_cifar10.report import AUGMENTATIONS, WORDS, pack, report
-from resnet_cifar10.results import welch
+from resnet_cifar10.results import read_rows, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import write_json
@@ -271,9 +272,10 @@ def test_the_most_confident_mistakes_are_shown(tmp_path: Path) -> None:
     result["test"]["mistakes"] = [{"index": 7, "label": "cat", "predicted": "dog", "probability": 0.987, "png": png}]
     write_json(folder / "result.json", result)
     report([tmp_path / "study"], tmp_path / "out")
-    assert "cat taken for dog (99 %)" in (tmp_path / "out" / "report.md").read_text()
+    assert "![The most confident mistakes: cat taken for dog]" in (tmp_path / "out" / "report.md").read_text()
     with Image.open(tmp_path / "out" / "plots" / "mistakes.png") as sheet:
         assert sheet.getpixel((40, 40)) == (200, 200, 200)
+        assert sheet.convert("L").crop((0, 97, 120, sheet.height)).getextrema()[0] < 100  # its classes are written below
 
 
 def test_the_page_is_one_file_and_the_markdown_finds_its_plots(out: Path) -> None:
@@ -311,7 +313,7 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     assert "Not the original pixels" not in (out / "report.html").read_text()
     write_run(tmp_path / "copy", ONE, 0, 89.0, source="CIFAR-10 (JPEG quality 75 copy)")
     page = report([tmp_path / "copy"], tmp_path / "out")
-    assert all("some points more" in file.read_text() for file in (page, page.with_suffix(".md")))
+    assert all("detail that the copy has lost" in file.read_text() for file in (page, page.with_suffix(".md")))
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
 
 
@@ -451,6 +453,41 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     report([tmp_path / "study"], tmp_path / "out")
     assert "The seeds cannot tell it from Setting #1." in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:
+    values = {"Base": (89.0, 90.0, 91.0), "Far": (79.0, 80.0, 81.0), "Chance": (91.7, 92.8, 93.9), "Like": (89.5, 90.5, 91.5)}
+    for name, lr in zip(values, (0.1, 0.2, 0.3, 0.4), strict=True):
+        for seed, value in enumerate(values[name]):
+            write_run(tmp_path / "study", TWO.model_copy(update={"name": name, "lr": lr}), seed, value)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "Chance against Base.** Differs in lr (0.3 instead of 0.1). 2.80 points better" in text
+    assert "p = 0.031)" in text
+    assert "Tested as 3 at once (Holm's correction, 5 %), those of Chance with Base no longer tell." in text
+
+
+def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", ONE, 0, 89.0)
+    folder = write_run(tmp_path / "study", TWO, 0, 90.0)
+    assert "a rough one" not in report([tmp_path / "study"], tmp_path / "out").read_text()
+    result = json.loads((folder / "result.json").read_text())
+    result["validation"]["n"] = 2000
+    write_json(folder / "result.json", result)
+    text = report([tmp_path / "study"], tmp_path / "out").read_text()
+    assert "They hold out 2,000 or 5,000 images, so that choice is a rough one." in text
+
+
+def test_intervals_are_drawn_whole_but_those_of_far_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    painted: list[Any] = []
+    monkeypatch.setattr(plots, "draw", lambda name, alt, size, paint: painted.append(paint))
+    rows = read_rows([write_study(tmp_path)])
+    plot_differences(rows[0], [(rows[1], -50.0, -51.0, -49.0), (rows[2], -0.3, -4.0, 3.4), (rows[0], 0.2, -0.6, 1.0),
+                               (rows[0], 0.3, 0.1, 0.5), (rows[0], 0.4, 0.2, 0.6)])  # fmt: skip
+    figure = Figure()
+    painted[0](figure)
+    drawn = [(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines]
+    assert drawn[:4] == [("None", -4.0, -4.0), ("<", -4.0), ("None", -4.0, 3.4), ("o", -0.3)]
+    assert ("None", -0.6, 1.0) in drawn and ("None", 0.1, 0.5) in drawn
 
 
 def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

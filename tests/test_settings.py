@@ -74,7 +74,7 @@ def test_only_keeps_the_named_rows():
     assert [s.name for s in load_settings(ASSIGNMENT, only=["setting-1", "Setting #2"])] == ["Setting #1", "Setting #2"]
     with pytest.raises(ValueError) as error:
         load_settings(ASSIGNMENT, only=["Setting #4"])
-    for part in ("assignment.toml", "Setting #4", "Setting #1, Setting #2, Setting #3"):
+    for part in ("assignment.toml", "Setting #4", "'Setting #1', 'Setting #2', 'Setting #3'"):
         assert part in one_line(error)
 
 
@@ -155,6 +155,11 @@ def test_a_mistake_in_a_row_names_file_row_and_key(tmp_path, line, named):
 def test_a_mistake_in_the_defaults_names_the_key(tmp_path):
     with pytest.raises(ValueError, match=r"'lr'.*-3"):
         load_settings(write(tmp_path, '[defaults]\nlr = -3\n[[setting]]\nname = "a"'))
+
+
+def test_a_misspelt_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown key 'settings'; did you mean 'setting'\?"):
+        load_settings(write(tmp_path, '[[settings]]\nname = "a"'))
 
 
 def test_a_mistake_in_an_override_names_the_key():
