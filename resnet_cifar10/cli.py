@@ -175,6 +175,7 @@ def report(
     photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify; repeatable.", metavar="PHOTO")] = None,
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
     words: Annotated[Path | None, typer.Option(help="A Markdown file of interpretation, shown under 'Why'.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The setting that the others are compared with.")] = None,
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
@@ -184,7 +185,7 @@ def report(
 
     if archive:
         check_archive(archive)
-    print(f"report: {write_report(runs, out, photo or [], photo_model, words)}")
+    print(f"report: {write_report(runs, out, photo or [], photo_model, words, baseline)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
         print(f"packed: {archive}")

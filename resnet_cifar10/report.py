@@ -45,14 +45,18 @@ def span(numbers: Iterable[int]) -> str:
 
 
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
-    """Describe all rows term by term: in one text where they agree, else each by its name."""
+    """Describe all rows term by term: in one text where they agree, else each by its name, the many last."""
     described = [(row.name, describe(row)) for row in rows]
     lines = []
     for term in described[0][1]:
         texts: dict[str, list[str]] = {}
         for name, terms in described:
             texts.setdefault(terms[term], []).append(name)
-        lines.append((term, next(iter(texts)) if len(texts) == 1 else ". ".join(f"{join(n)}: {t}" for t, n in texts.items())))
+        ranked = sorted(texts.items(), key=lambda each: len(each[1]) > MANY)
+        said = [f"{join(names)}: {text}" for text, names in ranked[:-1]]
+        text, names = ranked[-1]
+        said.append(text if not said else f"{join(names) if len(names) <= MANY else 'The others'}: {text}")
+        lines.append((term, ". ".join(said)))
     return lines
 
 
@@ -120,9 +124,9 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
         settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
-        text = f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %)."
-        if len(sizes) > 1:
-            text += f" They hold out {join([f'{size:,}' for size in sizes], 'or')} images, so that choice is a rough one."
+        rough = f"; a rough choice, for they hold out {join([f'{size:,}' for size in sizes], 'or')} images"
+        text = (f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %"
+                f"{rough if len(sizes) > 1 else ''}).")  # fmt: skip
     if tests:
         test = best.done[0].result["test"]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
@@ -220,9 +224,9 @@ def limits(rows: Sequence[Row], data: str, tested: dict[str, float]) -> list[str
         ranked = sorted(tested, key=tested.__getitem__)
         stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
         fallen = [name for i, name in enumerate(ranked) if tested[name] < 0.05 and not all(stand[: i + 1])]
+        told = f"those of {join(fallen)} no longer tell" if fallen else "the same ones tell" if any(stand) else "none tells"
         said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real. "
-                    f"Tested as {len(ranked)} at once (Holm's correction, 5 %), "
-                    + (f"those of {join(fallen)} no longer tell." if fallen else "the same ones tell."))  # fmt: skip
+                    f"Tested as {len(ranked)} at once (Holm's correction, 5 %), {told}.")  # fmt: skip
     return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
             "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
@@ -326,14 +330,18 @@ def portable(path: str | Path) -> str:
 
 
 def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None,
-           words: Path | None = None) -> Path:  # fmt: skip
+           words: Path | None = None, baseline_name: str | None = None) -> Path:  # fmt: skip
     """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
-    The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation.
-    Returns the path of report.html.
+    The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation; the
+    others are compared with the setting `baseline_name`, or else with the one from which they differ least.
+
+    Returns:
+        The path of report.html.
 
     Raises:
-        ValueError: If a run, a photo, the model or the words cannot be read, or `out` is a file.
+        ValueError: If a run, a photo, the model or the words cannot be read, no finished setting has the baseline's name,
+            or `out` is a file.
 
     """
     try:
@@ -351,7 +359,11 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         text_of_words = words.read_text() if words else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
-    best, baseline = best_of(rows), baseline_of([row for row in rows if row.done])
+    finished = {row.name: row for row in rows if row.done}
+    if baseline_name and baseline_name not in finished:
+        allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
+        raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
+    best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     changes = gains(rows, baseline)
     tested = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
               for row, other in pairs(rows, baseline)}  # fmt: skip
@@ -363,8 +375,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     cards = classified(photos, classifier) if classifier else []
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
-    overview = [plot_all(validated, enlarged=False)] if validated else []
-    overview += [plot_all(top, enlarged=True)] if (top := top_of(validated)) else []
+    overview = [plot_all(validated, enlarged=False)] if len(validated) > 1 else []
+    overview += [plot_all(top, enlarged=True)] if overview and (top := top_of(validated)) else []
     plots = [(row, plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
@@ -372,9 +384,10 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
     options += ["--photo-model", photo_model] if photo_model else []
     options += ["--words", words] if words else []
+    options += ["--baseline", baseline_name] if baseline_name else []
     content: dict[str, Any] = {
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
-        "finished": any(row.done for row in rows), "several": any(len(row.runs) > 1 for row in rows),
+        "finished": bool(finished), "several": any(len(row.runs) > 1 for row in rows),
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,

@@ -235,6 +235,15 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
                              "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
 
 
+def test_the_baseline_can_be_named(tmp_path: Path) -> None:
+    write_study(tmp_path / "study")
+    text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #3").with_suffix(".md").read_text()
+    assert re.findall(r"\*\*(.*?) against (.*?)\.\*\*", text) == [("Setting #1", "Setting #3"), ("Setting #2", "Setting #3")]
+    assert "--baseline 'Setting #3'" in text
+    with pytest.raises(ValueError, match="--baseline: found 'Setting #4'; allowed: 'Setting #1', 'Setting #2', 'Setting #3'"):
+        report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #4")
+
+
 def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path) -> None:
     plain = TWO.model_copy(update={"name": "Plain", "shortcut": "none"})
     for setting, factor in ((ONE, 1.0), (TWO, 1.0), (plain, 10.0)):
@@ -469,12 +478,12 @@ def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None
 def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:
     write_run(tmp_path / "study", ONE, 0, 89.0)
     folder = write_run(tmp_path / "study", TWO, 0, 90.0)
-    assert "a rough one" not in report([tmp_path / "study"], tmp_path / "out").read_text()
+    assert "rough" not in report([tmp_path / "study"], tmp_path / "out").read_text()
     result = json.loads((folder / "result.json").read_text())
     result["validation"]["n"] = 2000
     write_json(folder / "result.json", result)
     text = report([tmp_path / "study"], tmp_path / "out").read_text()
-    assert "They hold out 2,000 or 5,000 images, so that choice is a rough one." in text
+    assert " %; a rough choice, for they hold out 2,000 or 5,000 images)" in text
 
 
 def test_intervals_are_drawn_whole_but_those_of_far_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
