@@ -201,11 +201,13 @@ def main() -> None:
                  for places in itertools.combinations(range(len(names)), count)]  # fmt: skip
         best = sorted(table, key=lambda row: -max(row[0]))
         rows += [(values, places, mirrored) for values, places in (best if (count, mirrored) == (1, 1) else best[:2])]
-    for values, places, mirrored in rows:
+    here = tuple(int(np.abs(np.array(list(candidates(4, 3).values())) - box).sum(1).argmin()) for box in boxes(4, 3))
+    rows.append(([accuracy(here, 2, rule) for rule in RULES], here, 2))
+    for number, (values, places, mirrored) in enumerate(rows, 1):
         text = " + ".join(names[place] for place in places) + (", mirrored" if mirrored == 2 else "")
+        text = f"**{text}**" if number == len(rows) else text  # the views of the package
         print(f"| {text} | {mirrored * len(places)} | {' | '.join(f'{value:.1f}' for value in values)} |")
 
-    here = tuple(int(np.abs(np.array(list(candidates(4, 3).values())) - box).sum(1).argmin()) for box in boxes(4, 3))
     _, f, usual = look(model, config, images)
     means = np.stack([f[held.labels.numpy() == c].mean(0) for c in range(len(held.classes))])
     precision = np.linalg.inv(np.cov((f - means[held.labels.numpy()]).T) + 1e-3 * np.eye(f.shape[1]))

@@ -23,8 +23,9 @@ from PIL import Image
 
 from resnet_cifar10 import plots, settings
 from resnet_cifar10.evaluate import wilson_interval
+from resnet_cifar10.findings import AUGMENTATIONS, WORDS
 from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
-from resnet_cifar10.report import AUGMENTATIONS, WORDS, pack, report
+from resnet_cifar10.report import pack, report
 from resnet_cifar10.results import read_rows, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting

@@ -12,8 +12,8 @@ import resnet_cifar10
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("settings", "infer", "photo_like", "data", "model", "storage", "evaluate", "muon", "train")
 ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
-         "run_folder", "names", "tensorflow_twin", "signals", "study", "cluster", "results", "plots", "report", "cli",
-         "__main__", "__init__")  # fmt: skip
+         "run_folder", "names", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
+         "cli", "__main__", "__init__")  # fmt: skip
 
 
 def imports(module: str) -> set[str]:
