@@ -24,7 +24,6 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
 MANY = 5  # settings, from here on the findings name only the extremes
 
 
-
 def span(numbers: Iterable[int]) -> str:
     """Write the first and the last: "158–171", or "158" where all are the same."""
     values = sorted(numbers)
