@@ -200,8 +200,11 @@ def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, f
     return sorted(found, key=lambda gain: gain[1])
 
 
-def limits(rows: Sequence[Row], data: str, tested: dict[str, float]) -> list[str]:
-    """Say what these runs cannot show; `tested` are the p values of the comparisons."""
+def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
+    """Say what these runs cannot show, and which comparisons do not stand Holm's correction for their number."""
+    tests = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
+             for row, other in pairs(rows, baseline)}  # fmt: skip
+    tested = {names: test[0] for names, test in tests.items() if test}
     seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
     said = ["One seed a setting: how far another one would end from it is not known."] if max(seeds, default=0) == 1 else []
     if max(seeds, default=0) > 1:

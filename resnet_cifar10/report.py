@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .findings import COLUMNS, answer, cells, findings, gains, limits, machine, meaning, merged, notes, pairs
+from .findings import COLUMNS, answer, cells, findings, gains, limits, machine, meaning, merged, notes
 from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
 from .plots import INK, Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
-from .results import Row, Run, baseline_of, best_of, join, networks, read_rows, welch
+from .results import Row, Run, baseline_of, best_of, join, networks, read_rows
 from .storage import write
 
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
@@ -138,8 +138,6 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     changes = gains(rows, baseline)
-    tested = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
-              for row, other in pairs(rows, baseline)}  # fmt: skip
     section = best_section(best) if best else None
     model = photo_model or (best and best_run(best).folder)
     if photos and not model:
@@ -167,7 +165,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "differences": plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, data, {names: found[0] for names, found in tested.items() if found}),
+        "limits": limits(rows, baseline, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words),
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
