@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .errors import Interrupted, JobFailed
 from .names import printable
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
 Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="What computes.")]
+TRAINING = ("torch", "safetensors", "simplejpeg", "pyarrow", "onnx", "onnxscript")  # the packages of the extra
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -48,7 +51,9 @@ def train(
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
-    _need_pytorch()
+    _need_training()
+    if not ray and (cpus != 1 or gpus is not None):
+        raise ValueError("--cpus, --gpus: allowed with --ray")
     if ray and framework != "pytorch":
         raise ValueError(f"--framework: found {framework!r}; allowed with --ray: pytorch")
     if ray:
@@ -69,7 +74,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
-    _need_pytorch()
+    _need_training()
     from .sources import load
     from .study import evaluate_model
 
@@ -179,7 +184,7 @@ def report(
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
-    _need_pytorch()
+    _need_training()
     from .report import check_archive, pack
     from .report import report as write_report
 
@@ -198,7 +203,7 @@ def export(
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Its test images instead of 256 random ones.")] = None,
 ) -> None:
     """Write a model as one self-contained ONNX file and compare it with PyTorch."""
-    _need_pytorch()
+    _need_training()
     from .export import export as write_onnx
     from .sources import load
 
@@ -233,11 +238,9 @@ def data(
     print(f"CIFAR-10: {download(folder, url)}")
 
 
-def _need_pytorch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise ValueError("this command needs PyTorch: pip install 'resnet-cifar10[train]'") from None
+def _need_training() -> None:
+    if missing := [package for package in TRAINING if find_spec(package) is None]:
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'resnet-cifar10[train]'")
 
 
 def _fail(message: object, status: int) -> NoReturn:
@@ -259,13 +262,8 @@ def main() -> None:
         _fail(error.format_message().replace("Value error, ", ""), 2)  # a word of pydantic's, by which typer checks
     except ValueError as error:
         _fail(error, 2)
-    except OSError as error:
+    except (OSError, JobFailed) as error:
         _fail(error, 1)
-    except Exception as error:
-        kind = type(error).__name__  # of classes whose modules are imported only where they are needed
-        if kind == "Interrupted":
-            _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
-        if kind not in ("TrainingFailed", "DownloadFailed"):
-            raise
-        _fail(error, 1)
+    except Interrupted as error:
+        _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
     sys.exit(status if isinstance(status, int) else 0)

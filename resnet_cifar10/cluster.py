@@ -22,12 +22,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from .errors import Interrupted, JobFailed
 from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
 from .storage import read_json
-from .study import Interrupted, Task, claim, pace, run, run_folders, stop_signals
-from .train import TrainingFailed
+from .study import Task, claim, pace, run, run_folders, stop_signals
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
 REFRESH_SECONDS = 2
@@ -51,7 +51,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
 
     Raises:
         ValueError: If settings, data, cluster and output folder do not fit together.
-        TrainingFailed: If a run failed, after all the others have ended.
+        JobFailed: If a run failed, after all the others have ended.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
@@ -65,7 +65,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
         print(f"reading {data}", flush=True)
-        claim(runs, partial(_load, data))
+        claim(runs, partial(_load, data), in_order=False)
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
         for *_, folder in todo:
             with locked(folder):  # an error where somebody else works on it
@@ -87,7 +87,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
                     except ray.exceptions.RayError as error:
                         failed += 1
                         cause = getattr(error, "cause", error)  # of a bug we show where it is
-                        how = f"failed: {cause if isinstance(cause, ValueError | TrainingFailed | OSError) else error}"
+                        how = f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
                     print(f"{setting.name}, seed {seed}: {how}", flush=True)
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:
@@ -98,7 +98,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
     if received:
         raise Interrupted(received[0])
     if failed:
-        raise TrainingFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
+        raise JobFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
 
 
 def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
@@ -126,7 +126,7 @@ def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, devic
     """Do one run on a node; where an earlier worker of it is still dying, wait for that."""
     os.chdir(home)  # paths may be relative
     if not (folder / "setting.json").exists():
-        raise TrainingFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
+        raise JobFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
     torch.set_num_threads(cpus)
     with locked(folder, wait=True):
         if not (folder / "result.json").exists():

@@ -19,6 +19,7 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from .errors import JobFailed
 from .settings import one_line
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -32,10 +33,6 @@ ATTEMPTS = 4  # at each mirror
 PAUSE_SECONDS = 2.0  # between attempts
 LINE_SECONDS = 30  # where there is no terminal: a line of progress for each 10 %, and at least this often
 CHUNK_BYTES = 1 << 16
-
-
-class DownloadFailed(Exception):
-    """No mirror delivered the archive, or the disk did not take it."""
 
 
 class _Broken(Exception):
@@ -62,7 +59,7 @@ def download(folder: Path, url: str | None = None, *, size_bytes: int = SIZE_BYT
 
     Raises:
         ValueError: If the folder is a file, or the address is not one of http or https.
-        DownloadFailed: With one line that says why.
+        JobFailed: With one line that says why: no mirror delivered the archive, or the disk did not take it.
 
     """
     if url is not None and not re.fullmatch(r"https?://[!-.0-?A-~]+(/[!-~]*)?", url):  # ASCII; no "@" in the host
@@ -86,9 +83,9 @@ def download(folder: Path, url: str | None = None, *, size_bytes: int = SIZE_BYT
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"{folder}: found a file; allowed: a folder, or a name that is free") from None
     except BlockingIOError:
-        raise DownloadFailed(f"{archive}: another process is downloading it") from None
+        raise JobFailed(f"{archive}: another process is downloading it") from None
     except OSError as error:
-        raise DownloadFailed(f"{error.filename or folder}: {error.strerror or error}; "
+        raise JobFailed(f"{error.filename or folder}: {error.strerror or error}; "
                              "once that is solved, the same command goes on") from None  # fmt: skip
     return archive
 
@@ -124,7 +121,7 @@ def _complete(part: BufferedRandom, mirrors: Sequence[str], size_bytes: int, md5
                 time.sleep(PAUSE_SECONDS)
     if not part.tell():
         os.unlink(part.name)
-    raise DownloadFailed(f"{why}; no mirror is left: try again later, which goes on from here, or another address with --url")
+    raise JobFailed(f"{why}; no mirror is left: try again later, which goes on from here, or another address with --url")
 
 
 def _receive(mirror: str, part: BufferedRandom, size_bytes: int, timeout_seconds: float, show: Callable[[int], None]) -> None:

@@ -71,7 +71,8 @@ def meaning(row: Row) -> dict[str, str]:
     decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
-    counted = "" if s.lr_decay == "none" else ", counted from the last decay of lr on,"
+    since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
+    counted = f", counted from {since} on," * bool(since)
     rule = f"{s.patience} epochs without a better validation accuracy{counted} end a run"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
@@ -106,7 +107,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         return f"No setting can be called the best on {data} yet: {reason}.{last}"
     tests, validation = best.accuracies("test"), best.accuracies("validation")
     validated = [row for row in rows if row.accuracies("validation")]
-    rivals, sizes = len(validated), sorted({run.result["validation"]["n"] for row in validated for run in row.done})
+    rivals, sizes = len(validated), sorted({measured["n"] for row in validated for measured in row.measured("validation")})
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     if rivals > 1:
         settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
@@ -114,7 +115,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         text = (f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %"
                 f"{rough if len(sizes) > 1 else ''}).")  # fmt: skip
     if tests:
-        test = best.done[0].result["test"]
+        test = best.measured("test")[0]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
         trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
         text += f" It names {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
@@ -141,7 +142,7 @@ def compare(row: Row, other: Row) -> str:
     amount = "No difference" if f"{abs(gain):.2f}" == "0.00" else f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'}"
     text += f" {amount} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
     if len(a) < 2 or len(b) < 2:
-        intervals = [each.done[0].result["test"]["interval_95"] for each in (row, other)]
+        intervals = [each.measured("test")[0]["interval_95"] for each in (row, other)]
         ranges = " and ".join(f"{low:.1f} to {high:.1f} %" for low, high in intervals)
         return (f"{text} One seed cannot tell the setting from chance: the choice of test images alone leaves {ranges} "
                 "(95 % Wilson intervals), and the chance of the seed comes on top.")  # fmt: skip
@@ -252,7 +253,7 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     return told
 
 
-def machine(row: Row) -> dict[str, str]:
+def provenance(row: Row) -> dict[str, str]:
     """List the data, machine and versions of a row."""
 
     def seen(*keys: str) -> str:
@@ -263,10 +264,10 @@ def machine(row: Row) -> dict[str, str]:
     processes, parts = seen("world_size"), {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
     statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
     nothing = "none" if row.done else "none yet"
-    marked = [f"seed {run.seed}, {run.result['not_bit_exact']}" for run in row.done if run.result.get("not_bit_exact")]
+    marked = [f"seed {run.seed}, {why}" for run in row.runs if (why := run.environment.get("not_bit_exact"))]
     return {
         "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
-        "Test images": span(run.result["test"]["n"] for run in row.done if run.result["test"]) or nothing,
+        "Test images": span(measured["n"] for measured in row.measured("test")) or nothing,
         "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),

@@ -40,7 +40,7 @@ def computes_in_bfloat16(device: str) -> bool:
 
 def has_compiler() -> bool:
     """Say whether torch.compile finds a C++ compiler."""
-    return bool(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    return bool(os.environ.get("CXX") or shutil.which("g++"))
 
 
 def keep_memory() -> None:

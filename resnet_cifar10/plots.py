@@ -149,7 +149,7 @@ def plot_one(row: Row) -> Picture:
 def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
     """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals.
 
-    Differences far beyond most others are marked at the edge, so that those can be seen.
+    Losses far beyond most others are marked at the edge, so that those can be seen.
     """
     far = -1.5 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
     edge = min(low for _, difference, low, _ in rows if difference >= far)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .findings import COLUMNS, answer, cells, findings, gains, limits, machine, meaning, merged, notes
+from .findings import COLUMNS, answer, cells, findings, gains, limits, meaning, merged, notes, provenance
 from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
@@ -98,8 +98,8 @@ def markdown(value: Any) -> Any:
 def portable(path: str | Path) -> str:
     """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
     if Path(path).is_relative_to(Path.cwd()):
-        return str(Path(path).relative_to(Path.cwd()))
-    return Path(path).name if Path(path).is_absolute() else str(path)
+        return printable(str(Path(path).relative_to(Path.cwd())))
+    return printable(Path(path).name if Path(path).is_absolute() else str(path))
 
 
 def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None,
@@ -158,7 +158,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     content: dict[str, Any] = {
         "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
-        "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, machine),
+        "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, provenance),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
         "notes": notes(rows, baseline, groups, classifier,
                        f"the model {portable(photo_model)}" if photo_model else f"{best and best.name}, the best setting"),
@@ -201,8 +201,8 @@ def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
         if not needed.is_file():
             raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
     check_archive(out_zip)
-    files = {Path("report") / file.relative_to(report_folder): file
-             for file in (*report_folder.glob("report.[hm]*"), *report_folder.glob("plots/*"))}  # fmt: skip
+    pictures = re.findall(r"\]\((plots/[^)]+)\)", (report_folder / "report.md").read_text())  # not those of earlier reports
+    files = {Path("report") / name: report_folder / name for name in ("report.html", "report.md", *pictures)}
     for source in (package_root / name for name in SOURCES):
         for file in (source, *source.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:

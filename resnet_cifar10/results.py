@@ -24,6 +24,7 @@ class Run:
     folder: Path
     setting: Setting
     seed: int
+    framework: str  # "PyTorch" or "TensorFlow"
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     environment: dict[str, Any]
@@ -56,11 +57,15 @@ class Row:
     @property
     def framework(self) -> str:
         """What its runs were trained with."""
-        return "TensorFlow" if any("tensorflow" in run.environment for run in self.runs) else "PyTorch"
+        return self.runs[0].framework
+
+    def measured(self, split: str) -> list[dict[str, Any]]:
+        """The metrics of each finished run that had such a split."""
+        return [run.result[split] for run in self.done if run.result[split]]
 
     def accuracies(self, split: str) -> list[float]:
-        """Percent for each finished run; [] where there is no such split."""
-        return [run.result[split]["accuracy"] for run in self.done if run.result[split]]
+        """Percent for each of these."""
+        return [metrics["accuracy"] for metrics in self.measured(split)]
 
     def curves(self, key: str) -> np.ndarray[Any, Any]:
         """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
@@ -75,7 +80,7 @@ def read_run(folder: Path) -> Run:
         ValueError: Naming the damaged file.
 
     """
-    claim = read_json(folder / "setting.json", ("setting", "seed"))
+    claim = read_json(folder / "setting.json", ("setting", "seed", "framework"))
     setting = validated(Setting, claim["setting"], f"{folder / 'setting.json'}: damaged")
     result: dict[str, Any] = {}
     if (folder / "result.json").exists():
@@ -84,7 +89,8 @@ def read_run(folder: Path) -> Run:
     if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
     environment = read_json(folder / "environment.json", ("data",)) if metrics else {}
-    return Run(folder, setting, claim["seed"], metrics, result, environment, _read_signals(folder / "signals.json"))
+    framework = "TensorFlow" if claim["framework"] == "tensorflow" else "PyTorch"
+    return Run(folder, setting, claim["seed"], framework, metrics, result, environment, _read_signals(folder / "signals.json"))
 
 
 def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
@@ -110,9 +116,9 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         if not found:
             raise ValueError(f"{folder}: holds no run; allowed: what 'train --out' wrote, or a run folder in it")
         files |= dict.fromkeys(file.resolve() for file in found)
-    groups: dict[str, dict[int, Run]] = {}
+    groups: dict[tuple[str, str], dict[int, Run]] = {}
     for run in (read_run(file.parent) for file in files):
-        seeds = groups.setdefault(run.setting.model_dump_json(), {})
+        seeds = groups.setdefault((run.setting.model_dump_json(), run.framework), {})
         if run.seed in seeds:
             raise ValueError(f"{run.folder}: the same setting and seed as {seeds[run.seed].folder}; give one of them")
         seeds[run.seed] = run
@@ -144,9 +150,11 @@ def _check_same_data(runs: Sequence[Run]) -> None:
 
 
 def _place(run: Run, rows: Sequence[Sequence[Run]]) -> str:
-    """Tell a row from another of the same name by its folder, as far as the folders differ."""
-    alike = [str(runs[0].folder.parents[1]) for runs in rows if runs[0].setting.name == run.setting.name]
-    place = str(run.folder.parents[1].relative_to(os.path.commonpath(alike)))
+    """Tell a row from another of the same name by its framework, or else by its folder, as far as the folders differ."""
+    alike = [runs[0] for runs in rows if runs[0].setting.name == run.setting.name]
+    if len({other.framework for other in alike}) == len(alike):
+        return run.framework
+    place = str(run.folder.parents[1].relative_to(os.path.commonpath([str(other.folder.parents[1]) for other in alike])))
     return run.folder.parent.name if place == "." else place
 
 

@@ -63,12 +63,11 @@ def check_room(folder: Path, parameters: int) -> None:
         raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")
 
 
-def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Checkpoint | None, str, list[str]]:
+def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, Any]], Checkpoint | None, list[str]]:
     """Find out how far a run has come, and note the environment in which it goes on.
 
     Returns:
-        Its metrics, its newest undamaged checkpoint (None: it is at its beginning), why it is not bit-exact ("" if it is),
-        and what a user must hear of.
+        Its metrics, its newest undamaged checkpoint (None: it is at its beginning) and what a user must hear of.
 
     Raises:
         ValueError: If metrics and checkpoint do not belong together, or all checkpoints are damaged.
@@ -90,7 +89,7 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
     # with the reason: a run that is killed before its next checkpoint must not lose it
     write_json(folder / "environment.json", environment | {"not_bit_exact": not_bit_exact})
     mark = f"not bit-exact: {not_bit_exact}" if not_bit_exact else ""
-    return rows, checkpoint, not_bit_exact, [line for line in (problem, mark) if line]
+    return rows, checkpoint, [line for line in (problem, mark) if line]
 
 
 def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Setting(BaseModel):
-    """One frozen row of the table. The default values are those of He et al. 2015, section 4.2, but for lr_decay."""
+    """One frozen row of the table. The default values are those of He et al. 2015, section 4.2, but for epochs and lr_decay."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -44,7 +44,7 @@ class Setting(BaseModel):
     lr_milestones: list[float] = [0.5, 0.75]  # "step": where lr is multiplied by lr_factor, as fractions of the run
     lr_factor: float = Field(0.1, gt=0, lt=1)
     warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
-    patience: int | None = Field(None, ge=1, le=100_000)  # epochs without a better validation accuracy, after the last decay
+    patience: int | None = Field(None, ge=1, le=100_000)  # without a better validation accuracy, after the last decay
     validation_size: int = Field(5_000, ge=0, le=10_000_000)  # training images held out, stratified
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile, where it is faster: not in float32 on a CPU

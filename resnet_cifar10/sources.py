@@ -125,7 +125,7 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     return batch
 
 
-def _from_pickles(members: dict[str, bytes], where: Path, split: str, source: str) -> Split | None:
+def _from_pickles(members: dict[str, bytes], where: Path, split: str) -> Split | None:
     names: Any = list(CIFAR10_CLASSES)
     if "batches.meta" in members:
         names = _unpickle(members["batches.meta"], f"{where}: batches.meta").get("label_names")
@@ -142,14 +142,14 @@ def _from_pickles(members: dict[str, bytes], where: Path, split: str, source: st
             raise ValueError(f"{where}: {name}: allowed: 'data' uint8 [N, 3072] and a list of N 'labels'") from None
         images.append(pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))  # stored channel by channel
         labels += batch_labels
-    return _checked(np.concatenate(images), labels, tuple(names), source, where) if images else None
+    return _checked(np.concatenate(images), labels, tuple(names), "CIFAR-10", where) if images else None
 
 
 def _from_folder(folder: Path, split: str) -> Split | None:
     files = [folder / name for name in (*BATCHES[split], "batches.meta") if (folder / name).is_file()]
     if large := [file for file in files if file.stat().st_size > MAX_BATCH_BYTES]:
         raise ValueError(f"{large[0]}: larger than {MAX_BATCH_BYTES:,} bytes")
-    return _from_pickles({file.name: file.read_bytes() for file in files}, folder, split, "CIFAR-10 (python batches)")
+    return _from_pickles({file.name: file.read_bytes() for file in files}, folder, split)
 
 
 def _from_archive(archive: Path, split: str) -> Split | None:
@@ -172,7 +172,7 @@ def _from_archive(archive: Path, split: str) -> Split | None:
         raise ValueError(f"{archive}: damaged or truncated archive: {error}") from None
     if missing := {*BATCHES[split], "batches.meta"} - members.keys():
         raise ValueError(f"{archive}: damaged or truncated archive: lacks {', '.join(sorted(missing))}")
-    return _from_pickles(members, archive, split, "CIFAR-10 (python archive)")
+    return _from_pickles(members, archive, split)
 
 
 # --- Hugging Face parquet ---
@@ -239,6 +239,8 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
     first, classes = next(iter(parts.items()))
     if len(classes) < 2:
         raise ValueError(f"{path / first}: found {len(classes)} class folders; allowed: two or more")
+    if odd := [name for name in classes if not name.isprintable()]:
+        raise ValueError(f"{path / first}: found {one_line(odd[0])!r}; allowed: a class name of printable characters, in UTF-8")
     if parts[split] != classes:
         differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
         raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")
@@ -246,8 +248,8 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
              if file.name[0] != "."]  # fmt: skip
     if empty := set(range(len(classes))) - {label for _, label in files}:
         raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
-    if odd := [file for file, _ in files if not file.is_file()]:  # a pipe would be waited for
-        raise ValueError(f"{odd[0]}: is not a file; allowed: images")
+    if others := [file for file, _ in files if not file.is_file()]:  # a pipe would be waited for
+        raise ValueError(f"{others[0]}: is not a file; allowed: images")
     images = decode([file for file, _ in files], str(path), processes)
     return _checked(images, [label for _, label in files], tuple(classes), path.resolve().name, path)
 

@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .data import Split, hold_out, mean_and_std
+from .errors import Interrupted, JobFailed
 from .evaluate import Forward, evaluate, predict
 from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
@@ -30,14 +31,10 @@ from .settings import Setting
 from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model, read_json, write_json
-from .train import Learner, TrainingFailed, train
+from .train import Learner, train
 
 Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM ended the training; the run folder holds everything up to the last whole epoch."""
 
 
 def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto",
@@ -55,7 +52,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     runs = run_folders(settings, out)
     for setting in settings:
         choose(framework).resolve(setting, device)
-    with processes(device) as rank:
+    with joined_processes(device) as rank:
         print(f"reading {data}", flush=True)
         if rank == 0:
             claim(runs, read, framework)
@@ -138,7 +135,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         dist.broadcast_object_list(found)
     if rank == 0 and not (folder / "signals.json").exists():
         write_json(folder / "signals.json", signals(setting, seed, training, start))
-    rows, checkpoint, not_bit_exact, messages = found[0]
+    rows, checkpoint, messages = found[0]
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
         print(f"{name}: {message}", flush=True)
@@ -175,7 +172,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
         "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
         "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
-        "not_bit_exact": not_bit_exact, **finish(folder / "model", network, config, validation, read("test"), device),
+        **finish(folder / "model", network, config, validation, read("test"), device),
     }  # fmt: skip
     write_json(folder / "result.json", result)
     return result
@@ -267,11 +264,13 @@ def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
     """Take the weights of another model; its last layer only where the classes are the same."""
     trained, config = load_model(str(setting.start_from))
     where = f"key 'start_from': {setting.start_from}"
-    before = config.get("setting", {}).get("validation_size", 0)
-    if config.get("data") == training.source and (config.get("seed") != seed or before < setting.validation_size):
-        raise ValueError(f"{where} was trained on the same data with seed {config.get('seed')} and validation_size {before}; "
-                         "allowed: this seed and no larger a validation_size, or it has learned from images that are to "
-                         "validate it")  # fmt: skip
+    source, before = str(config.get("data")), config.get("setting", {}).get("validation_size", 0)
+    held_out = (source, config.get("seed")) == (training.source, seed) and before >= setting.validation_size
+    same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
+    if setting.validation_size and same_pictures and not held_out:
+        raise ValueError(f"{where} was trained on {source} with seed {config.get('seed')} and validation_size {before}; "
+                         f"allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} or more, "
+                         "or it has learned from images that are to validate it")  # fmt: skip
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
     if wrong := [key for key in wanted if wanted[key] != config["architecture"].get(key) and key != "weight_init"]:
         raise ValueError(f"{where} is another network; it differs in '{wrong[0]}'")
@@ -279,7 +278,7 @@ def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[int]:
+def joined_processes(device: str) -> Iterator[int]:
     """Join the other processes that torchrun started, if it did; give the rank of this one. Only rank 0 prints."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
@@ -300,28 +299,31 @@ def processes(device: str) -> Iterator[int]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise TrainingFailed(f"another process of this run has ended: {error}") from error
+        raise JobFailed(f"another process of this run has ended: {error}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch") -> None:
+def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_order: bool = True) -> None:
     """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
+
+    A run can start from the weights of another that is finished, or that stands before it where they are trained in order.
 
     Raises:
         ValueError: Before anything is written.
 
     """
-    to_come = {folder.resolve() for *_, folder in runs}
-    claims = [(folder, _claim(setting, seed, folder, read, framework, to_come)) for setting, seed, folder in runs]
+    folders = [folder.resolve() for *_, folder in runs] if in_order else []
+    claims = [(folder, _claim(setting, seed, folder, read, framework, folders[:number]))
+              for number, (setting, seed, folder) in enumerate(runs)]  # fmt: skip
     for folder, content in claims:
         if not (folder / "setting.json").exists():
             with locked(folder):  # another process may be about to claim it too
                 write_json(folder / "setting.json", content)
 
 
-def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, to_come: set[Path]) -> dict[str, Any]:
+def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: Sequence[Path]) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
@@ -331,7 +333,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         found = read_json(folder / "setting.json", ["setting"])
         if not isinstance(found["setting"], dict):
             raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
-        before, now = {"framework": "pytorch"} | found["setting"] | found, row | claim
+        before, now = found["setting"] | found, row | claim
         if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
                       else f"{key} was {before.get(key)!r}, is {now[key]!r}"
                       for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
@@ -341,7 +343,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
         start = Path(setting.start_from or "").resolve()
-        if setting.start_from and not {start, start.parent} & to_come:
+        if setting.start_from and not {start, start.parent} & {*earlier}:
             _first_weights(setting, seed, training)
     return claim
 

@@ -15,15 +15,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .data import Split, batches, mean_and_std, normalise
+from .errors import JobFailed
 from .evaluate import accuracy, negative_log_likelihood, predict
 from .model import ResNet
 from .muon import Muon
 from .settings import Setting
 from .storage import Tensors, check_tensors
-
-
-class TrainingFailed(Exception):
-    """The training can't go on, for example because its loss is no longer finite."""
 
 
 class Checkpoint(NamedTuple):
@@ -113,6 +110,8 @@ class Learner:
     def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
         """Learn from this process's part of a batch: uint8 [B, 32, 32, 3] and class probabilities [B, classes].
 
+        `batch_size` is that of the whole batch, of which other processes may have the other parts.
+
         Returns:
             float64 [2]: the sum of the losses in nats, and of 100 for each image that was named rightly.
 
@@ -193,7 +192,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
 
     Raises:
         ValueError: If setting, checkpoint and number of processes do not fit together.
-        TrainingFailed: If the loss is no longer finite.
+        JobFailed: If the loss is no longer finite.
 
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -230,7 +229,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
             dist.all_reduce(totals)
         train_loss, train_accuracy = (totals / len(training)).tolist()
         if not math.isfinite(train_loss):
-            raise TrainingFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
+            raise JobFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
                                  "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
         trained = time.perf_counter()
 

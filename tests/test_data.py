@@ -396,6 +396,14 @@ def test_a_class_without_images_is_named(class_folders):
     assert str(class_folders / "train" / "red") in sentence(class_folders)
 
 
+@pytest.mark.parametrize("name", [b"K\xe4fer", b"two\nlines"])
+def test_a_class_whose_name_cannot_be_written_down_is_refused(class_folders, name):
+    for part in ("train", "val", "test"):
+        os.rename(class_folders / part / "red", os.fsencode(class_folders / part) + b"/" + name)
+    assert "allowed: a class name of printable characters" in sentence(class_folders)
+
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_other_classes_than_in_train_are_named(class_folders, part):
     (class_folders / part / "red").rename(class_folders / part / "rouge")

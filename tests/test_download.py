@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from resnet_cifar10 import download as room
-from resnet_cifar10.download import DownloadFailed
+from resnet_cifar10.errors import JobFailed
 
 CONTENT = random.Random(0).randbytes(300_000)
 SIZE, MD5 = len(CONTENT), hashlib.md5(CONTENT).hexdigest()
@@ -262,7 +262,7 @@ def test_a_mirror_that_fails_is_named_with_the_reason_and_the_next_one_delivers(
 
 def test_wrong_bytes_are_fetched_once_and_never_kept(tmp_path: Path, serve: Callable[..., Mirror]) -> None:
     mirror = serve(serve_wrong_bytes)
-    with pytest.raises(DownloadFailed, match=f"found md5 {hashlib.md5(WRONG).hexdigest()}, expected {MD5}"):
+    with pytest.raises(JobFailed, match=f"found md5 {hashlib.md5(WRONG).hexdigest()}, expected {MD5}"):
         download(tmp_path, mirror.url)
     assert files(tmp_path) == {}
     assert mirror.ranges == [None]
@@ -273,7 +273,7 @@ def test_when_every_mirror_fails_the_bytes_so_far_serve_the_next_call(
 ) -> None:
     broken, missing, good = serve(break_at(200_000)), serve(status(404)), serve(serve_content)
     monkeypatch.setattr(room, "MIRRORS", (broken.url, missing.url))
-    with pytest.raises(DownloadFailed, match="HTTP status 404"):
+    with pytest.raises(JobFailed, match="HTTP status 404"):
         download(tmp_path, None)
     assert files(tmp_path) == {f"{NAME}.part": CONTENT[:200_000]}
     download(tmp_path, good.url)
@@ -327,7 +327,7 @@ download(pathlib.Path({str(tmp_path)!r}), {mirror.url!r}, size_bytes={SIZE}, md5
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size):
             time.sleep(0.01)
-        with pytest.raises(DownloadFailed, match="another process"):
+        with pytest.raises(JobFailed, match="another process"):
             download(tmp_path, mirror.url)
         process.send_signal(stop)
     kept = part.stat().st_size
@@ -342,7 +342,7 @@ def test_a_full_disk_is_named_and_the_next_call_goes_on(tmp_path: Path, serve: C
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may become longer
     try:
-        with pytest.raises(DownloadFailed, match=f"{tmp_path}: File too large"):
+        with pytest.raises(JobFailed, match=f"{tmp_path}: File too large"):
             download(tmp_path, mirror.url)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -352,7 +352,7 @@ def test_a_full_disk_is_named_and_the_next_call_goes_on(tmp_path: Path, serve: C
 
 
 def test_a_folder_that_takes_no_file_is_named(serve: Callable[..., Mirror]) -> None:
-    with pytest.raises(DownloadFailed, match="/proc/"):  # refuses files, even those of the administrator
+    with pytest.raises(JobFailed, match="/proc/"):  # refuses files, even those of the administrator
         download(Path("/proc"), serve(serve_content).url)
 
 

@@ -61,8 +61,7 @@ def cli(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str, str]:
 
 def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.png")
-    (tmp_path / "torch.py").write_text("raise ImportError('PyTorch must not be needed')")
-    code = "import sys; sys.argv[0] = 'resnet-cifar10'; from resnet_cifar10.cli import main; main()"
+    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from resnet_cifar10.cli import main; main()"
     arguments = ["infer", "photo.png", "--model", model, "--json", "--figure", "figure.png"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -75,7 +74,7 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
     refused = subprocess.run([sys.executable, "-c", code, "evaluate", model, "--data", "digits"],
                              cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "needs PyTorch" in refused.stderr
+    assert "needs torch, onnx: pip install 'resnet-cifar10[train]'" in refused.stderr
 
 
 def test_nothing_is_written_to_the_home_folder(model: Path, photo: Image.Image, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
     assert len(outcome(tmp_path / "ray")) == 2 * SEEDS
     for folder, rows in before.items():  # with their times: no whole epoch was done again
         assert read_metrics(folder)[: len(rows)] == rows
-        assert json.loads((folder / "result.json").read_text())["not_bit_exact"] == ""
+        assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == ""
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").glob("*/*/*.safetensors")}
     again = run(settings, "--data", "digits", "--out", tmp_path / "ray", "--seeds", str(SEEDS), "--ray")

@@ -31,7 +31,7 @@ from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import write_json
 
-SOURCE = "CIFAR-10 (python archive)"
+SOURCE = "CIFAR-10"
 
 
 def split_metrics(percent: float, n: int) -> dict[str, Any]:
@@ -48,20 +48,21 @@ def split_metrics(percent: float, n: int) -> dict[str, Any]:
 
 
 def write_run(out: Path, setting: Setting, seed: int, test: float | None, validation: float = 90.0, epochs: int = 6,
-              source: str = SOURCE) -> Path:  # fmt: skip
+              source: str = SOURCE, framework: str = "pytorch") -> Path:  # fmt: skip
     """Write the folder of a run that was best in epoch 5; without a test accuracy it is unfinished."""
     folder = out / setting.slug / f"seed-{seed}"
     folder.mkdir(parents=True)
     accuracies = [50.0, 70.0, 80.0, 85.0, validation, validation - 2]
     rows = [(i + 1, 0.5, 95.0, 0.5, accuracies[i], setting.lr, 60.0, 30.0) for i in range(epochs)]
-    write_json(folder / "setting.json", {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed})
+    row = setting.model_dump(exclude={"seeds"})
+    write_json(folder / "setting.json", {"setting": row, "seed": seed, "framework": framework})
     write_metrics(folder, [dict(zip(METRICS, row, strict=True)) for row in rows])
     write_json(folder / "environment.json", {"data": source, "training_images": 45_000, "validation_images": 5_000,
                                              "processor": "Some CPU", "threads": 2, "torch": "2.13.0"})  # fmt: skip
     if test is not None:
         write_json(folder / "result.json", {
             "parameters": 464_154, "best_epoch": 5, "epochs_run": 6, "stopped_early": False, "train_minutes": 9.0,
-            "not_bit_exact": "", "validation": split_metrics(validation, 5000), "test": split_metrics(test, 10_000),
+            "validation": split_metrics(validation, 5000), "test": split_metrics(test, 10_000),
         })  # fmt: skip
     return folder
 
@@ -177,10 +178,19 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
     assert [row[-1].count("unfinished") for row in _Tables(page).tables[0][1:]] == [3, 3, 2]
 
 
+def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Path, tmp_path: Path) -> None:
+    assert "no run: each equals an uninterrupted one" in (out / "report.md").read_text()
+    folder = write_run(tmp_path / "study", ONE, 0, None)
+    facts = json.loads((folder / "environment.json").read_text())
+    write_json(folder / "environment.json", facts | {"not_bit_exact": "resumed after epoch 3 with another threads"})
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "seed 0, resumed after epoch 3 with another threads" in text
+
+
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
     assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It names 92.40 ± 0.26 % "
-            "of the 10,000 test images of CIFAR-10 (python archive) correctly (mean ± standard deviation of 3 seeds). "
+            "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
             "Too few seeds to compare it with Setting #3.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
@@ -348,7 +358,9 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
                  ".git/config"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
-    pack(tmp_path / "1234_Name.zip", out, root)
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/plots/photo-3.jpg").write_text("of an earlier report")
+    pack(tmp_path / "1234_Name.zip", tmp_path / "out", root)
     with zipfile.ZipFile(tmp_path / "1234_Name.zip") as archive:
         names = {name.removeprefix("1234_Name/") for name in archive.namelist()}
         assert archive.read("1234_Name/report/report.html") == (out / "report.html").read_bytes()
@@ -498,6 +510,23 @@ def test_intervals_are_drawn_whole_but_those_of_far_differences(tmp_path: Path, 
     drawn = [(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines]
     assert drawn[:4] == [("None", -4.0, -4.0), ("<", -4.0), ("None", -4.0, 3.4), ("o", -0.3)]
     assert ("None", -0.6, 1.0) in drawn and ("None", 0.1, 0.5) in drawn
+
+
+def test_runs_of_two_frameworks_are_two_rows(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", ONE, 0, 89.0)
+    write_run(tmp_path / "study", ONE, 1, 90.0, framework="tensorflow")
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "**Setting #1 (PyTorch)**" in text and "**Setting #1 (TensorFlow)**" in text
+    assert "framework (TensorFlow instead of PyTorch)" in text
+
+
+def test_the_first_seed_may_lack_test_images(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "study", ONE, 0, 90.0)
+    write_json(folder / "result.json", json.loads((folder / "result.json").read_text()) | {"test": None})
+    write_run(tmp_path / "study", ONE, 1, 90.0)
+    write_run(tmp_path / "study", TWO, 0, 89.0, validation=89.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "It names 90.00 % of the 10,000 test images" in text
 
 
 def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

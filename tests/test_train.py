@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ import torch
 
 from resnet_cifar10 import run_folder
 from resnet_cifar10.data import Split
+from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.signals import signals
 from resnet_cifar10.study import epoch_line
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, TrainingFailed, patience_ended
+from resnet_cifar10.train import Checkpoint, patience_ended
 
 # One thread: the same on every machine, and quick beside other work.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -92,7 +94,7 @@ def test_killed_inside_an_epoch_and_resumed_equals_undisturbed(tmp_path: Path, u
     resumed = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
     assert "goes on after epoch" in resumed.stdout
     assert outcome(folder) == outcome(undisturbed)
-    assert json.loads((folder / "result.json").read_text())["not_bit_exact"] == ""
+    assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == ""
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -128,7 +130,7 @@ def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_m
     (folder / "environment.json").write_text(json.dumps(facts | {key: "before"}))
     resumed = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
     assert re.search(rf"not bit-exact: resumed after epoch [12] with another {key}\n", resumed.stdout)
-    assert json.loads((folder / "result.json").read_text())["not_bit_exact"].endswith(f"with another {key}")
+    assert json.loads((folder / "environment.json").read_text())["not_bit_exact"].endswith(f"with another {key}")
 
 
 def test_what_is_done_is_skipped_and_another_study_is_refused(tmp_path: Path, undisturbed: Path) -> None:
@@ -174,6 +176,24 @@ def test_a_model_to_start_from_that_is_not_there_is_found_before_anything_is_wri
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("first", ["small", "more"])
+def test_a_setting_cannot_start_from_itself_or_from_a_later_one(tmp_path: Path, first: str) -> None:
+    file, out = table(tmp_path), tmp_path / "runs"
+    file.write_text(file.read_text() + f'start_from = "{out}/{first}/seed-0"\n' + file.read_text().replace("Small", "More"))
+    assert "no such model" in run("train", file, "--data", "digits", "--out", out, status=2).stderr
+    assert not out.exists()
+
+
+def test_a_network_that_has_learned_from_images_in_another_form_is_not_validated_on_them(tmp_path: Path) -> None:
+    copy = replace(images(), source="CIFAR-10 (JPEG quality 75 copy)")
+    train_run(setting(), 0, lambda part: copy if part == "train" else None, tmp_path / "copy", "cpu")
+    originals = replace(images(), source="CIFAR-10")
+    row = setting(start_from=str(tmp_path / "copy"))
+    with pytest.raises(ValueError, match=r"trained on CIFAR-10 \(JPEG quality 75 copy\) with seed 0 .* to validate it"):
+        train_run(row, 0, lambda part: originals if part == "train" else None, tmp_path / "originals", "cpu")
+    train_run(row, 0, lambda part: copy if part == "train" else None, tmp_path / "the same", "cpu")
+
+
 @pytest.mark.parametrize("folder", ["", "/model"])
 def test_a_setting_can_start_from_a_run_that_the_same_table_trains_before_it(tmp_path: Path, folder: str) -> None:
     first = tmp_path / "runs" / "small" / "seed-0"
@@ -199,7 +219,7 @@ def setting(**changes: object) -> Setting:
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Path) -> None:
     wild = setting(lr=100.0, normalization="none", shortcut="none", model="resnet56", epochs=5)
-    with pytest.raises(TrainingFailed, match=r"no longer finite in epoch \d, at lr 100"):
+    with pytest.raises(JobFailed, match=r"no longer finite in epoch \d, at lr 100"):
         train_run(wild, 0, lambda part: images(), tmp_path, "cpu")
     assert not (tmp_path / "result.json").exists()
 
