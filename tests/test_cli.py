@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from resnet_cifar10.infer import BUILT_IN
+from resnet_cifar10.storage import load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_cifar10 = pytest.mark.skipif(not (SHARED / "data/cifar10").is_dir(), reason="needs ../shared/data/cifar10")
@@ -42,6 +46,27 @@ def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
     assert f"{metrics['accuracy']:.2f} %" in run("evaluate", digits_run, "--data", "digits").stdout
 
 
+def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.md").write_text("Three words here.")
+    options = ["--words", tmp_path / "words.md", "--baseline", "D", "--zip", tmp_path / "1234_Name.zip"]
+    done = run("report", digits_run.parents[1], "--out", tmp_path / "out", *options)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Three words here." in text
+    assert "--baseline D" in text
+    assert "(n = 2)" in text
+    with zipfile.ZipFile(tmp_path / "1234_Name.zip") as archive:
+        assert archive.read("1234_Name/report/report.md").decode() == text
+    assert f"packed: {tmp_path / '1234_Name.zip'}" in done.stdout
+
+
+def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:
+    lines = (digits_run / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "model.onnx").write_bytes((digits_run / "model" / "model.onnx").read_bytes())
+    Image.new("RGB", (60, 40)).save(tmp_path / "photo.jpg")
+    printed = subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True)
+    assert printed.startswith(str([str(digit) for digit in range(10)]))
+
+
 def test_a_model_needs_neither_its_graph_nor_its_card_to_be_evaluated(digits_run: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((digits_run / "model" / name).read_bytes())
@@ -61,16 +86,18 @@ def test_a_changed_weight_is_noticed(digits_run: Path, tmp_path: Path) -> None:
     content[-5] ^= 4
     (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "config.json").write_bytes((digits_run / "model" / "config.json").read_bytes())
-    assert "SHA-256" in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
+    with pytest.raises(ValueError, match="SHA-256"):
+        load_model(tmp_path)
 
 
 def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, tmp_path: Path) -> None:
     config = json.loads((digits_run / "model" / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((digits_run / "model" / "model.safetensors").read_bytes())
-    for key, value, said in (("depth", 14, "tensor 'blocks."), ("classes", 11, "10 classes, but the network gives 11")):
+    for key, value, said in (("depth", 14, r"tensor 'blocks\."), ("classes", 11, "10 classes, but the network gives 11")):
         changed = config | {"architecture": config["architecture"] | {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        assert said in run("evaluate", tmp_path, "--data", "digits", status=2).stderr
+        with pytest.raises(ValueError, match=said):
+            load_model(tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
@@ -88,7 +115,8 @@ def test_wrong_use_is_one_line(arguments: list[str], part: str) -> None:
 
 def test_help_names_every_command() -> None:
     text = run().stdout
-    assert all(command in text for command in ("train", "evaluate", "infer", "report", "export", "data"))
+    for command in ("train", "evaluate", "infer", "report", "export", "serve", "data"):
+        assert re.search(rf"(?m)^\s+{command}\s{{2,}}\S", text), command
 
 
 @needs_cifar10

@@ -27,6 +27,7 @@ from PIL import Image
 from resnet_cifar10.data import CROP_PADDING, CUTOUT_SIZE, Split, batches, hold_out, mean_and_std, normalise
 from resnet_cifar10.decode import _quick, decode
 from resnet_cifar10.photo import square
+from resnet_cifar10.photo_like import photo_like
 from resnet_cifar10.sources import load
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
@@ -212,23 +213,8 @@ def test_a_damaged_archive_is_named(cifar_archive):
     assert str(cifar_archive) in sentence(cifar_archive)
 
 
-WRONG_BATCHES: dict[str, dict[str, Any]] = {
-    "no pixels": {"data": None},
-    "no labels": {"labels": None},
-    "fewer labels": {"labels": TEST[1][:-1]},
-    "label too high": {"labels": [10] * 20},
-    "label negative": {"labels": [-1] * 20},
-    "label beyond any integer": {"labels": [2**70] * 20},
-    "labels that are text": {"labels": ["cat"] * 20},
-    "labels that are fractions": {"labels": [0.5] * 20},
-    "grey": {"data": np.zeros((20, 1024), np.uint8)},
-    "one dimension": {"data": np.zeros(20 * 3072, np.uint8)},
-    "no dimension": {"data": np.array(3, np.uint8)},
-    "float": {"data": np.zeros((20, 3072), np.float32)},
-    "objects": {"data": np.full((20, 3072), None)},
-    "a list": {"data": [[0] * 3072] * 20},
-    "no image": {"data": np.zeros((0, 3072), np.uint8), "labels": []},
-}
+# others, of the torture suite, in test_torture.py
+WRONG_BATCHES = {"labels that are fractions": {"labels": [0.5] * 20}, "no dimension": {"data": np.array(3, np.uint8)}}
 
 
 @pytest.mark.parametrize("change", WRONG_BATCHES.values(), ids=WRONG_BATCHES)
@@ -561,6 +547,18 @@ def test_an_alternating_flip_mirrors_each_image_in_every_second_epoch():
     first, second = mirrored(1), mirrored(2)
     assert first == mirrored(3) == [not flip for flip in second] and second == mirrored(4)
     assert 90 <= sum(first) <= 150 and first != mirrored(1, seed=1)
+
+
+def test_every_second_image_is_changed_as_in_photos():
+    differ = (epoch_of(marked(150), "photo")[0] != epoch_of(marked(150), "none")[0]).flatten(1).any(1)
+    assert differ.tolist() == [True, False] * 75
+
+
+def test_a_photo_without_any_change_is_the_picture():
+    middle = torch.full((50, 14), 0.5)
+    middle[:, 13] = 0  # the finest compression
+    pictures = torch.from_numpy(TRAIN[0])
+    assert (photo_like(pictures, middle, torch.zeros(50, 3, 32, 32)).int() - pictures.int()).abs().max() <= 3
 
 
 def test_each_process_changes_its_images_like_other_photos():

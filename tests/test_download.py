@@ -251,7 +251,7 @@ def test_a_mirror_that_fails_is_named_with_the_reason_and_the_next_one_delivers(
 ) -> None:
     bad, good = serve(answer), serve(serve_content)
     monkeypatch.setattr(room, "MIRRORS", (bad.url, good.url))
-    download(tmp_path, None, timeout_seconds=0.5 if answer is say_nothing else 10)
+    download(tmp_path, None, timeout_seconds=1.5 if answer is say_nothing else 10)
     assert files(tmp_path) == {NAME: CONTENT}
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "trying the next mirror" in line]

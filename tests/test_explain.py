@@ -1,5 +1,8 @@
 """Where the network looked: the map of the right class, drawn at the right place in colours that everybody can read."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,6 +49,15 @@ def test_large_photos_are_reduced_to_640_pixels_and_small_ones_stay(size: tuple[
 @pytest.mark.parametrize("size", [(1200, 60), (60, 1200), (2000, 40)])
 def test_very_long_photos_are_explained_too(size: tuple[int, int]) -> None:
     assert activation(Classifier(), Image.new("RGB", size, (120, 140, 120)), "cat").shape == (16, 16)
+
+
+def test_the_maps_of_all_views_are_laid_where_the_views_are() -> None:
+    maps = np.zeros((4, 1, 8, 8), np.float32)
+    maps[:2, 0, 1, 6] = maps[2:, 0, 1, 1] = 1  # top right, also in the mirrored views
+    fake: Any = SimpleNamespace(classes=["cat"], session=SimpleNamespace(run=lambda *_: [maps]))
+    heat = activation(fake, Image.new("RGB", (160, 160)), "cat")
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    assert y < 8 <= x
 
 
 def test_it_looks_where_the_animal_is() -> None:

@@ -16,20 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
-from resnet_cifar10.export import export, framed, rejection_threshold
+from resnet_cifar10.data import Split
+from resnet_cifar10.export import describe, export, framed, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, square, views
-from resnet_cifar10.storage import save_model
+from resnet_cifar10.storage import load_model, save_model
 
 CLASSES = ["red", "green", "blue"]
 CONFIG = {
     "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
     "temperature": 2.0, "rejection_threshold": -1.0, "class_means": np.eye(3, 64).tolist(),
-    "contrast_mean": [0.0] * 32, "contrast_std": [1.0] * 32,
+    "contrast_mean": [0.1] * 32, "contrast_std": [2.0] * 32,
 }  # fmt: skip
 
 
@@ -70,7 +72,7 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
     assert list(answer["probabilities"]) == CLASSES
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
     with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.width > 240
+        assert figure.getpixel((44, 114)) == (200, 0, 0)
     refused = subprocess.run([sys.executable, "-c", code, "evaluate", model, "--data", "digits"],
                              cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -166,8 +168,8 @@ def test_a_square_is_the_centre_averaged_over_its_area() -> None:
     pixels = np.zeros((64, 200, 3), np.uint8)
     pixels[:, :68] = 255  # outside the centre square
     pixels[::2, 68:132] = 100
-    small = np.asarray(square(Image.fromarray(pixels), 32))
-    assert (small == 50).all()
+    for lying_or_standing in (pixels, pixels.transpose(1, 0, 2)):
+        assert (np.asarray(square(Image.fromarray(lying_or_standing), 32)) == 50).all()
     unchanged = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     assert np.array_equal(square(unchanged, 32), unchanged)
 
@@ -177,7 +179,8 @@ def test_a_photo_and_its_mirror_image_get_the_same_answer(model: Path, photo: Im
     mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     one, other = (classifier.classify(views(p)).probabilities for p in (photo, mirrored))
     assert one == pytest.approx(other, abs=1e-5)
-    assert views(photo).shape[1:] == (32, 32, 3)
+    upside_down = views(photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    assert np.abs(upside_down[:, ::-1].astype(int) - views(photo)).max() <= 1
 
 
 def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image, tmp_path: Path) -> None:
@@ -217,6 +220,22 @@ def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_pat
     photos = [framed(image, np.random.default_rng([0, index])) for index, image in enumerate(images)]
     assert sum(classifier.classify(views(photo)).rejected for photo in photos) == 5
     assert {photo.size for photo in photos} >= {(128, 128), (171, 128), (128, 192), (228, 128)}
+
+
+def test_membership_is_the_cosine_to_the_nearest_class_less_what_the_contrasts_are_odd_by(model: Path) -> None:
+    network, _ = load_model(model)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8))
+    with torch.inference_mode():
+        features, contrasts, _ = describe(network, ((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2))
+    expected = F.normalize(features)[:, :3].amax(1) - 0.02 * ((contrasts - 0.1) / 2).norm(dim=1)
+    (membership,) = Classifier(model).session.run(["membership"], {"images": images.numpy()})
+    assert membership == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_mistakes_are_those_of_the_highest_confidence_first() -> None:
+    split = Split(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ("cat", "dog"), "made up")
+    found = mistakes(torch.tensor([[3.0, 0], [1, 0], [0, 1], [0, 2]]), split)
+    assert [(one["index"], one["label"], one["predicted"]) for one in found] == [(3, "cat", "dog"), (2, "cat", "dog")]
 
 
 def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:

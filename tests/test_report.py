@@ -473,8 +473,9 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
     for setting, values in ((ONE, (90.0, 91.0)), (TWO, (90.2, 91.1))):
         for seed, value in enumerate(values):
             write_run(tmp_path / "study", setting, seed, value, validation=value)
-    report([tmp_path / "study"], tmp_path / "out")
-    assert "The seeds cannot tell it from Setting #1." in (tmp_path / "out" / "report.md").read_text()
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "The seeds cannot tell it from Setting #1." in text
+    assert "Its run with seed 1, on the 10,000 test images." in text
 
 
 def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:

@@ -210,15 +210,6 @@ def test_a_bad_upload_gets_a_sentence_and_the_next_one_an_answer(
     good(port)
 
 
-def test_the_first_picture_of_an_animated_gif_counts(port: int) -> None:
-    file = io.BytesIO()
-    frames = [Image.fromarray(PIXELS // shade).quantize(16) for shade in (1, 4)]
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    alone = io.BytesIO()
-    frames[0].save(alone, "GIF")
-    assert classify(port, file.getvalue())[2] == classify(port, alone.getvalue())[2]
-
-
 @pytest.mark.parametrize(("name", "shown"), [
     ("../../etc/passwd", "passwd"), ("C:\\photos\\me.jpg", "me.jpg"), ("..", "-"), ("/", "-"),
     ("a\tb\u202eexe.jpg", "abexe.jpg"), ("x" * 300, "x" * 100), ("<b>.png", "<b>.png"),
@@ -266,10 +257,10 @@ def test_a_lying_content_length_harms_nobody(strict: int) -> None:
 
 
 def test_a_photo_that_takes_too_long_is_given_up(model: Path) -> None:
-    with running(model, PHOTO_SECONDS=0.2) as (port, _), ThreadPoolExecutor() as pool:  # as many at once as there are workers
+    with running(model, PHOTO_SECONDS=0.5) as (port, _), ThreadPoolExecutor() as pool:  # as many at once as there are workers
         answers = list(pool.map(lambda _: classify(port, slow_jpeg()), range(2)))
         assert [status for status, _, _ in answers] == [422, 422]
-        assert [answer["error"] for _, _, answer in answers] == ["takes longer than 0.2 seconds to read"] * 2
+        assert [answer["error"] for _, _, answer in answers] == ["takes longer than 0.5 seconds to read"] * 2
         good(port)
 
 

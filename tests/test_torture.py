@@ -1,5 +1,6 @@
 """The short form of the torture suite, and that each of its rows can fail."""
 
+import json
 import re
 import subprocess
 import sys
@@ -38,9 +39,28 @@ def test_every_row_notices_a_product_that_is_broken_on_purpose() -> None:
             assert re.search(rf"^{row}: {re.escape(what)}: (caught|SKIPPED) ", printed, re.MULTILINE), printed
 
 
-def test_a_failure_is_repeated_by_the_command_that_is_printed_with_it() -> None:
+def test_one_batch_of_one_row_can_be_asked_for() -> None:
     printed = torture("--only", "settings", "--seed", "3", "--batch", "7")
     assert re.search(r"settings: .*: 50 of 50 reached, 0 failures", printed)
+
+
+def test_a_failure_comes_again_with_the_seed_and_the_batch_that_are_printed_with_it(tmp_path: Path) -> None:
+    code = """
+import json, pathlib, sys
+from torture.harness import Failed, Row, run
+
+def trials(rng, count, folder):
+    yield
+    raise Failed(rng.random())
+
+row, work = Row("toy", "", "", 12, trials, batch=4), pathlib.Path(sys.argv[1])
+print(json.dumps([run(row, 3, 12, work, only).failures for only in (None, 2)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    found, again = json.loads(done.stdout)
+    assert len(set(found)) == 3
+    assert again == found[2:]
+    assert again[0].endswith("--only toy --seed 3 --batch 2")
 
 
 @pytest.mark.parametrize("name", inputs.BAD_BATCHES)

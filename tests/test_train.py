@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from resnet_cifar10 import run_folder
-from resnet_cifar10.data import Split
+from resnet_cifar10.data import Split, normalise
 from resnet_cifar10.errors import JobFailed
+from resnet_cifar10.model import ResNet
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.signals import signals
-from resnet_cifar10.study import epoch_line
+from resnet_cifar10.storage import load_model
+from resnet_cifar10.study import claim, epoch_line, split_data
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, patience_ended
+from resnet_cifar10.train import Checkpoint, Learner
 
 # One thread: the same on every machine, and quick beside other work.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -108,28 +111,34 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(tmp_path: Path, number: si
     assert load_checkpoint(tmp_path / "runs" / "small" / "seed-0")[0] is not None
 
 
-def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
+def unfinished(tmp_path: Path, run: Path) -> Path:
+    """Copy a finished run to where `table` and --out find it, as it was before its last file."""
     folder = tmp_path / "runs" / "small" / "seed-0"
-    run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
+    shutil.copytree(run, folder)
     (folder / "result.json").unlink()
+    return folder
+
+
+def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
+    folder = unfinished(tmp_path, undisturbed)
     content = bytearray((folder / "last.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "last.safetensors").write_bytes(content)
-    again = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
+    again = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
     assert "SHA-256 does not match" in again.stdout
     assert outcome(folder) == outcome(undisturbed)
 
 
 @pytest.mark.parametrize("key", ["threads", "code_sha256"])
-def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_mark(tmp_path: Path, key: str) -> None:
-    process = start_and_wait_for_an_epoch(tmp_path)
-    process.kill()
-    process.communicate()
-    folder = tmp_path / "runs" / "small" / "seed-0"
+def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_mark(
+    tmp_path: Path, undisturbed: Path, key: str
+) -> None:
+    folder = unfinished(tmp_path, undisturbed)
+    (folder / "previous.safetensors").replace(folder / "last.safetensors")
     facts = json.loads((folder / "environment.json").read_text())
     (folder / "environment.json").write_text(json.dumps(facts | {key: "before"}))
-    resumed = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
-    assert re.search(rf"not bit-exact: resumed after epoch [12] with another {key}\n", resumed.stdout)
+    resumed = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
+    assert f"not bit-exact: resumed after epoch 2 with another {key}\n" in resumed.stdout
     assert json.loads((folder / "environment.json").read_text())["not_bit_exact"].endswith(f"with another {key}")
 
 
@@ -150,11 +159,9 @@ def test_an_output_folder_with_other_files_is_refused_and_left_alone(tmp_path: P
 
 
 def test_a_second_process_on_the_same_run_leaves(tmp_path: Path) -> None:
-    process = start_and_wait_for_an_epoch(tmp_path)
-    second = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", status=2)
-    assert f"process {process.pid} on " in second.stderr
-    process.kill()
-    process.communicate()
+    with run_folder.locked(tmp_path / "runs" / "small" / "seed-0"):
+        second = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs", status=2)
+    assert f"process {os.getpid()} on " in second.stderr
 
 
 @pytest.mark.parametrize("change", ["batch_size = 128|batch_size = 5000", "validation_size = 200|validation_size = 1438",
@@ -301,20 +308,12 @@ def test_the_time_left_counts_the_later_runs_by_their_depth() -> None:
     assert epoch_line("One", one, [paused, row], {}, later=0).endswith("left 3.0 min")
 
 
-def test_patience_waits_for_the_last_decay() -> None:
-    constant = setting(epochs=200, patience=60)
-    assert not patience_ended(constant, epoch=109, best_epoch=50)
-    assert patience_ended(constant, epoch=110, best_epoch=50)
-    step = setting(epochs=200, patience=10, lr_decay="step")
-    assert not patience_ended(step, epoch=159, best_epoch=20)
-    assert patience_ended(step, epoch=160, best_epoch=20)
-
-
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     hopeless = setting(lr=1e-9, patience=2, epochs=50, augmentation="none")
     result = train_run(hopeless, 0, lambda part: None if part == "val" else images(), tmp_path, "cpu")
     assert result["stopped_early"]
     assert result["epochs_run"] == result["best_epoch"] + 2
+    assert load_model(tmp_path)[0].norm.num_batches_tracked == 3 * result["best_epoch"]
 
 
 def test_without_validation_the_last_epoch_is_kept(tmp_path: Path) -> None:
@@ -327,3 +326,43 @@ def test_a_validation_split_of_its_own_is_used_whole(tmp_path: Path) -> None:
     train_run(setting(validation_size=5_000), 0, lambda part: images(128 if part == "val" else 64), tmp_path, "cpu")
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert (environment["training_images"], environment["validation_images"]) == (64, 128)
+
+
+def test_training_and_validation_images_are_different_ones() -> None:
+    training, validation = split_data(setting(), 0, lambda part: images() if part == "train" else None)
+    assert (len(training), len(validation)) == (48, 16)
+    assert not {i.numpy().tobytes() for i in training.images} & {i.numpy().tobytes() for i in validation.images}
+
+
+def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    changed = replace(images(), images=images().images ^ 1)
+    for data in (images(), images()):
+        claim([(setting(), 0, tmp_path / "run")], lambda part, data=data: data if part == "train" else None)
+    with pytest.raises(ValueError, match="other training images"):
+        claim([(setting(), 0, tmp_path / "run")], lambda part: changed if part == "train" else None)
+
+
+def test_a_step_has_the_learning_rate_of_its_place_in_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def step(self: Learner, images: torch.Tensor, targets: torch.Tensor, lr: float, batch_size: int) -> torch.Tensor:
+        rates.append(lr)
+        return torch.zeros(2, dtype=torch.float64)
+
+    monkeypatch.setattr(Learner, "step", step)
+    row = setting(lr=0.6, lr_decay="linear")
+    train_run(row, 0, lambda part: images() if part == "train" else None, tmp_path, "cpu")
+    assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_a_step_is_that_of_pytorch() -> None:
+    row, data = setting(lr=0.1, weight_decay=0.01, label_smoothing=0.1), images(16)
+    learner = Learner(row, 0, data, "cpu", "float32", False, None)
+    torch.manual_seed(0)
+    plain = ResNet(**row.architecture(4)).to(memory_format=torch.channels_last)
+    sgd = torch.optim.SGD(plain.parameters(), 0.05, 0.9, weight_decay=0.01)
+    targets, (mean, std) = torch.eye(4)[data.labels], map(torch.tensor, (learner.mean, learner.std))
+    F.cross_entropy(plain(normalise(data.images, mean, std)), targets, label_smoothing=0.1).backward()
+    sgd.step()
+    learner.step(data.images, targets, 0.05, 16)
+    torch.testing.assert_close(learner.model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
