@@ -122,7 +122,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     share = np.random.default_rng([seed, epoch]).beta(MIXUP_ALPHA, MIXUP_ALPHA, n)
-    uniform = torch.rand(n if "photo" in parts else 0, 14, generator=rng)
+    uniform = torch.rand(n if "photo" in parts else 0, 17, generator=rng)
 
     span = torch.arange(SIZE, device=device)
     one_hot = torch.eye(len(split.classes), device=device)

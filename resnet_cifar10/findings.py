@@ -19,7 +19,7 @@ WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "Si
          "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
 AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
                  "altflip": "each image mirrored in every second epoch",
-                 "photo": "framing, focus, light, noise and compression of every second image changed as in photos",
+                 "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
 MANY = 5  # settings, from here on the findings name only the extremes
 

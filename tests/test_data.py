@@ -555,8 +555,8 @@ def test_every_second_image_is_changed_as_in_photos():
 
 
 def test_a_photo_without_any_change_is_the_picture():
-    middle = torch.full((50, 14), 0.5)
-    middle[:, 13] = 0  # the finest compression
+    middle = torch.full((50, 17), 0.5)
+    middle[:, 13], middle[:, 14] = 0, 1  # the finest compression, nothing behind
     pictures = torch.from_numpy(TRAIN[0])
     assert (photo_like(pictures, middle, torch.zeros(50, 3, 32, 32)).int() - pictures.int()).abs().max() <= 3
 
@@ -566,6 +566,18 @@ def test_each_process_changes_its_images_like_other_photos():
     parts = [list(batches(split, 32, "photo", 0, 1, FILL, rank, 2)) for rank in range(2)]
     changed = torch.cat([images[::2] for part in parts for images, _ in part])
     assert len(changed) == 32 == len(torch.unique(changed.flatten(1), dim=0))
+
+
+def test_behind_some_photos_lies_another_picture():
+    black_or_white = torch.tensor([20, 235], dtype=torch.uint8).repeat(200)[:, None, None, None].expand(-1, 32, 32, 3)
+    split = Split(black_or_white.contiguous(), torch.arange(400) % 2 + 1, CLASS_NAMES, "two colours")
+    images, targets = next(batches(split, 400, "photo", 0, 1, FILL))
+    grey = images[::2].float().mean(3)
+    spread_of = grey.flatten(1).quantile(0.99, 1) - grey.flatten(1).quantile(0.01, 1)
+    # three of five have one behind them, which may be of the same colour, or hidden
+    assert 20 <= int((spread_of > 100).sum()) <= 90
+    middle, white = grey[:, 12:20, 12:20].mean((1, 2)) > 128, targets[::2].argmax(1) == 2
+    assert (middle == white).float().mean() > 0.95  # what the label names stays in front
 
 
 def test_cutout_erases_one_square_somewhere():
