@@ -53,7 +53,7 @@ def train(
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
     _need_training()
     if not ray and (cpus != 1 or gpus is not None):
-        raise ValueError("--cpus, --gpus: allowed with --ray")
+        raise ValueError("--cpus, --gpus: found without --ray; allowed: together with it")
     if ray and framework != "pytorch":
         raise ValueError(f"--framework: found {framework!r}; allowed with --ray: pytorch")
     if ray:
