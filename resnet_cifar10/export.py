@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .data import Split, normalise
 from .evaluate import accuracy, evaluate, fit_temperature, predict
 from .infer import SIZE, Classifier, onnx_runtime, seal
-from .model import WIDTHS, ResNet
+from .model import ResNet
 from .photo import views
 from .storage import load_model, save_model, write, write_json
 
@@ -58,7 +58,7 @@ class _Deployed(nn.Module):
 
 
 def describe(model: ResNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Map normalised images to features [N, 64], contrasts [N, 32] and the last maps [N, 64, 8, 8].
+    """Map normalised images to features [N, 64], contrasts [N, 32] and the last maps [N, 64, 8, 8], at width 16.
 
     The contrast of a channel is the standard deviation of its map after the second stage: text, noise and patterns that were
     not trained on have odd ones, whatever class the last stage then takes them for (after Sastry & Oore 2020).
@@ -80,7 +80,8 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     import onnx
 
     network, config = load_model(model)
-    shapes = {"class_means": (len(config["classes"]), WIDTHS[2]), "contrast_mean": WIDTHS[1:2], "contrast_std": WIDTHS[1:2]}
+    shapes = {"class_means": (len(config["classes"]), network.widths[2]),
+              "contrast_mean": network.widths[1:2], "contrast_std": network.widths[1:2]}  # fmt: skip
     for key, wanted in shapes.items():
         if (found := np.shape(config.get(key) or [])) != wanted:
             raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
@@ -123,7 +124,8 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
 
     """
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
-    members = {"class_means": class_means, "contrast_mean": torch.zeros(WIDTHS[1]), "contrast_std": torch.ones(WIDTHS[1])}
+    members = {"class_means": class_means, "contrast_mean": torch.zeros(model.widths[1]),
+               "contrast_std": torch.ones(model.widths[1])}  # fmt: skip
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
         if split is None or not len(split):
@@ -133,7 +135,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
             temperature = fit_temperature(logits, split.labels)
             images = split.images.to(device)
             both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
-            features, contrasts = both[:, : WIDTHS[2]], both[:, WIDTHS[2] :]
+            features, contrasts = both.tensor_split([model.widths[2]], 1)
             for label in set(split.labels.tolist()):
                 class_means[label] = features[split.labels == label].mean(0)
             members |= {"contrast_mean": contrasts.mean(0), "contrast_std": contrasts.std(0, correction=0).clamp(1e-3)}
@@ -211,6 +213,7 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
     results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
                f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
+    start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""
     keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items())
     write(
         folder / "README.md",

@@ -50,6 +50,7 @@ def cells(row: Row, seeds: set[int]) -> list[str]:
     """Fill the 14 columns; `seeds` are those of all rows, of which this one may lack some."""
     s, tests, minutes = row.setting, row.accuracies("test"), [run.result["train_minutes"] for run in row.done]
     model = s.model.replace("resnet", "ResNet" if s.shortcut == "identity" else "Plain")
+    model += f", width {s.width}" if s.width != 16 else ""
     sgd = "SGD (momentum)" if s.momentum else "SGD"
     accuracy = [spread(tests) + (f"\n(n = {len(tests)})" if len(tests) > 1 else "")] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
@@ -81,6 +82,7 @@ def meaning(row: Row) -> dict[str, str]:
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
     decayed = np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1)
     decayed += " times lr of each weight in a step, apart from the gradient" if s.optimizer in ("adamw", "muon") else ""
+    imitation = f"{100 * s.teacher_weight:g} % of the loss is imitation of {s.teacher} at temperature {s.teacher_temperature:g}"
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
         "First weights": f"those of {s.start_from}" if s.start_from else "random",
@@ -88,7 +90,7 @@ def meaning(row: Row) -> dict[str, str]:
         "Weight decay": decayed if s.weight_decay else "none",
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
-        "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
+        "Label smoothing": (f"{s.label_smoothing:g}" if s.label_smoothing else "none") + f"; {imitation}" * bool(s.teacher),
         "Training time (m)": "training and validation, mean over the seeds; by the clock, beside whatever else ran",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-WIDTHS = (16, 32, 64)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
 MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
 GROUPS = 8  # of group normalisation (Wu & He 2018)
 
@@ -114,8 +113,9 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet of depth 6n + 2: one convolution, three stages of n blocks, average pooling, one linear layer."""
 
-    def __init__(self, depth: int, classes: int = 10, block: str = "post", shortcut: bool = True, activation: str = "relu",
-                 leaky_slope: float = 0.1, normalization: str = "batch", weight_init: str = "he_normal") -> None:  # fmt: skip
+    def __init__(self, depth: int, classes: int = 10, width: int = 16, block: str = "post", shortcut: bool = True,
+                 activation: str = "relu", leaky_slope: float = 0.1, normalization: str = "batch",
+                 weight_init: str = "he_normal") -> None:  # fmt: skip
         """Build and initialise the network; every argument takes the values that settings.Setting allows.
 
         Raises:
@@ -140,11 +140,12 @@ class ResNet(nn.Module):
         })  # fmt: skip
         conv_bias = normalization == "none"  # a normalisation's own shift makes the bias of a convolution useless
 
-        self.conv = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=conv_bias)
-        self.norm = nn.Identity() if pre else norm(WIDTHS[0])
+        self.widths = (width, 2 * width, 4 * width)  # channels of the three stages, on maps of 32x32, 16x16 and 8x8
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=conv_bias)
+        self.norm = nn.Identity() if pre else norm(width)
         blocks: list[nn.Module] = []
-        c_in = WIDTHS[0]
-        for stage, c_out in enumerate(WIDTHS):
+        c_in = width
+        for stage, c_out in enumerate(self.widths):
             for unit in range(n):
                 stride = 2 if stage > 0 and unit == 0 else 1
                 blocks.append(Block(c_in, c_out, stride, norm, act, shortcut, conv_bias, pre, first=not blocks))
@@ -172,7 +173,7 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map normalised images [N, 3, 32, 32] to the maps after stage two, [N, 32, 16, 16], and the last, [N, 64, 8, 8]."""
+        """Map images [N, 3, 32, 32] to the maps after stages two and three; at width 16 [N, 32, 16, 16] and [N, 64, 8, 8]."""
         x = self.norm(self.conv(x))
         x = middle = x if self.pre else self.activation(x)
         for number, block in enumerate(self.blocks, 1):

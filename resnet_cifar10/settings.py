@@ -25,6 +25,7 @@ class Setting(BaseModel):
 
     name: str = Field(min_length=1, max_length=80)
     model: str = "resnet32"  # resnet<depth>, depth = 6n + 2
+    width: int = Field(16, ge=8, le=256, multiple_of=8)  # channels of the first stage; the others have two and four times those
     block: Literal["post", "pre"] = "post"  # pre: normalise and activate before each convolution (He et al. 2016)
     shortcut: Literal["identity", "none"] = "identity"  # none: the plain network of He et al. 2015, figure 6
     batch_size: int = Field(128, ge=2, le=65_536)
@@ -49,6 +50,9 @@ class Setting(BaseModel):
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile, where it is faster: not in float32 on a CPU
     start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init
+    teacher: str | None = Field(None, min_length=1)  # a model that is imitated (Hinton et al. 2015, arXiv:1503.02531)
+    teacher_weight: float = Field(0.9, gt=0, le=1)  # of the imitation in the loss; the labels have the rest
+    teacher_temperature: float = Field(4.0, gt=0, le=100)  # divides the logits of both, so that unlikely classes count too
     seeds: list[int] = Field([0], min_length=1)
 
     @model_validator(mode="after")
@@ -81,9 +85,9 @@ class Setting(BaseModel):
 
     def architecture(self, classes: int) -> dict[str, Any]:
         """The arguments of the network."""
-        return {"depth": self.depth, "classes": classes, "block": self.block, "shortcut": self.shortcut == "identity",
-                "activation": self.activation, "leaky_slope": self.leaky_slope, "normalization": self.normalization,
-                "weight_init": self.weight_init}  # fmt: skip
+        return {"depth": self.depth, "classes": classes, "width": self.width, "block": self.block,
+                "shortcut": self.shortcut == "identity", "activation": self.activation, "leaky_slope": self.leaky_slope,
+                "normalization": self.normalization, "weight_init": self.weight_init}  # fmt: skip
 
     @property
     def slug(self) -> str:

@@ -74,7 +74,7 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     """Write tensors and plain values as one safetensors file with their SHA-256; equal content gives equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"state": state, "sha256": _sha256(tensors, state)}, sort_keys=True, allow_nan=False)
+    text = json.dumps({"state": state, "sha256": sha256(tensors, state)}, sort_keys=True, allow_nan=False)
     write(path, safetensors.torch.save(tensors, {"checkpoint": text}))
 
 
@@ -89,14 +89,15 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
             checkpoint = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
-        if checkpoint["sha256"] != _sha256(tensors, checkpoint["state"]):
+        if checkpoint["sha256"] != sha256(tensors, checkpoint["state"]):
             raise ValueError("its SHA-256 does not match")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: missing or damaged: {error}") from None
     return tensors, checkpoint["state"]
 
 
-def _sha256(tensors: Tensors, state: dict[str, Any]) -> str:
+def sha256(tensors: Tensors, state: dict[str, Any]) -> str:
+    """Return the SHA-256 of tensors, with names, types and shapes, and plain values."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())

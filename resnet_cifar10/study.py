@@ -30,8 +30,8 @@ from .run_folder import check_room, locked, resume, save, save_best
 from .settings import Setting
 from .signals import signals
 from .sources import load
-from .storage import Tensors, load_model, read_json, write_json
-from .train import Learner, train
+from .storage import Tensors, load_model, read_json, sha256, write_json
+from .train import Learner, Trained, train
 
 Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
@@ -64,7 +64,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             print(f"run {number} of {len(runs)}: {what}", flush=True)
             if not is_done:
                 rest = zip(runs[number:], done[0][number:], strict=True)
-                later = sum(other.epochs * other.depth for (other, *_), over in rest if not over)
+                later = sum(other.epochs * _size(other) for (other, *_), over in rest if not over)
                 with locked(folder) if rank == 0 else nullcontext():
                     run(setting, seed, read, folder, device, rank, framework, later)
 
@@ -113,7 +113,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         framework: str = "pytorch", later: int = 0) -> dict[str, Any]:  # fmt: skip
     """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
 
-    `later` is what other runs still have to do, in epochs x depth; it is told as time.
+    `later` is what other runs still have to do, in epochs x depth x width; it is told as time.
 
     Returns:
         The content of result.json, whose presence means done.
@@ -126,9 +126,11 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training) if setting.start_from else None
+    teacher = _teacher(setting, seed, training) if setting.teacher else None
     facts = environment(device) | chosen.versions | {
         "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
         "training_images": len(training), "validation_images": len(validation),
+        **({"teacher_sha256": sha256(teacher[0].state_dict(), {})} if teacher else {}),
     }  # fmt: skip
     found: list[Any] = [resume(folder, facts) if rank == 0 else None]
     if dist.is_initialized():
@@ -151,7 +153,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             if received:
                 raise Interrupted(received[0])
 
-        how = (device, precision, compiled, start, checkpoint, after_step, chosen.learner)
+        how = (device, precision, compiled, start, teacher, checkpoint, after_step, chosen.learner)
         for row, checkpoint in train(setting, seed, training, validation, *how):
             rows.append(row)
             if rank == 0:
@@ -213,17 +215,22 @@ def _progress(rank: int) -> Iterator[Callable[[int, int, int], None]]:
 
 
 def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: dict[str, Any], later: int) -> str:
-    """Say how the last epoch went and how long the others will take, and the later runs, in proportion to their depth."""
+    """Say how the last epoch went and how long the others will take, and the later runs, in proportion to their size."""
     row, seconds = rows[-1], pace(rows)
     epochs = setting.epochs - row["epoch"]
     left = _duration(seconds * epochs)
-    left += f", of all runs {_duration(seconds * (epochs + later / setting.depth))}" if later else ""
+    left += f", of all runs {_duration(seconds * (epochs + later / _size(setting)))}" if later else ""
     validation = ""
     if row["validation_accuracy"] is not None:
         best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
         validation = f"validation {row['validation_accuracy']:.2f} % ({best})  "
     done = f"{name}: epoch {row['epoch']}/{setting.epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2f} %"
     return f"{done}  {validation}lr {row['lr']:.4g}  {row['train_seconds'] + row['validation_seconds']:.0f} s  left {left}"
+
+
+def _size(setting: Setting) -> int:
+    """What the time of an epoch is about proportional to: a network of twice the width took 2.6 times as long, not four."""
+    return setting.depth * setting.width
 
 
 def pace(rows: list[dict[str, Any]]) -> float:
@@ -260,21 +267,37 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     return training, validation
 
 
-def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
-    """Take the weights of another model; its last layer only where the classes are the same."""
-    trained, config = load_model(str(setting.start_from))
-    where = f"key 'start_from': {setting.start_from}"
+def _other_model(key: str, setting: Setting, seed: int, training: Split) -> Trained:
+    """Load the model that this key of the setting names, if it has not learned from images that are to validate this run."""
+    name = getattr(setting, key)
+    network, config = load_model(name)
     source, before = str(config.get("data")), config.get("setting", {}).get("validation_size", 0)
     held_out = (source, config.get("seed")) == (training.source, seed) and before >= setting.validation_size
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
     if setting.validation_size and same_pictures and not held_out:
-        raise ValueError(f"{where} was trained on {source} with seed {config.get('seed')} and validation_size {before}; "
-                         f"allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} or more, "
-                         "or it has learned from images that are to validate it")  # fmt: skip
+        raise ValueError(f"key '{key}': {name} was trained on {source} with seed {config.get('seed')} and validation_size "
+                         f"{before}; allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} "
+                         "or more, or it has learned from images that are to validate it")  # fmt: skip
+    return network, config
+
+
+def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
+    """Take the weights of another model; its last layer only where the classes are the same."""
+    trained, config = _other_model("start_from", setting, seed, training)
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
-    if wrong := [key for key in wanted if wanted[key] != config["architecture"].get(key) and key != "weight_init"]:
-        raise ValueError(f"{where} is another network; it differs in '{wrong[0]}'")
+    there = {"width": 16} | config["architecture"]  # older models do not say it
+    if wrong := [key for key in wanted if wanted[key] != there.get(key) and key != "weight_init"]:
+        raise ValueError(f"key 'start_from': {setting.start_from} is another network; it differs in '{wrong[0]}'")
     return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
+
+
+def _teacher(setting: Setting, seed: int, training: Split) -> Trained:
+    """Load the teacher, which must tell the same classes."""
+    network, config = _other_model("teacher", setting, seed, training)
+    if config["classes"] != list(training.classes):
+        ours, theirs = ", ".join(training.classes), ", ".join(config["classes"])
+        raise ValueError(f"key 'teacher': {setting.teacher}: found the classes {theirs}; allowed: those of the data ({ours})")
+    return network, config
 
 
 @contextmanager
@@ -333,7 +356,8 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         found = read_json(folder / "setting.json", ["setting"])
         if not isinstance(found["setting"], dict):
             raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
-        before, now = found["setting"] | found, row | claim
+        usual = Setting.model_validate({"name": "Usual"}).model_dump(exclude={"seeds"})  # of keys that are younger than the run
+        before, now = usual | found["setting"] | found, row | claim
         if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
                       else f"{key} was {before.get(key)!r}, is {now[key]!r}"
                       for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
@@ -342,9 +366,9 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-        start = Path(setting.start_from or "").resolve()
-        if setting.start_from and not {start, start.parent} & {*earlier}:
-            _first_weights(setting, seed, training)
+        for name, check in ((setting.start_from, _first_weights), (setting.teacher, _teacher)):
+            if name and not {Path(name).resolve(), Path(name).resolve().parent} & {*earlier}:
+                check(setting, seed, training)
     return claim
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .data import Split, mean_and_std, normalise
 from .evaluate import predict
 from .infer import SIZE
-from .model import GROUPS, WIDTHS, ResNet
+from .model import GROUPS, ResNet
 from .settings import Setting
 from .storage import Tensors
 
@@ -75,7 +75,8 @@ class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
 
 def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float = 0.1, l2_reg_lambda: float = 0.0,
            pre_activation: bool = True, activate_before_residual: bool = True, shortcut: bool = True,
-           activation: str = "leaky_relu", normalization: str = "batch", dtype: str = "float32") -> keras.Model:  # fmt: skip
+           activation: str = "leaky_relu", normalization: str = "batch", dtype: str = "float32",
+           width: int = 16) -> keras.Model:  # fmt: skip
     """Build the network from normalised images [N, 32, 32, 3] to logits [N, num_classes].
 
     Args:
@@ -89,6 +90,7 @@ def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float
         activation: As in settings.Setting.
         normalization: As in settings.Setting; there is one process, so "sync_batch" is "batch".
         dtype: "float32" or "float64".
+        width: Channels of the first stage; the others have two and four times those.
 
     """
     keras.config.set_floatx(dtype)  # Keras has one for the whole process
@@ -108,9 +110,9 @@ def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float
                    kernel_regularizer=l2, bias_regularizer=l2)  # fmt: skip
 
     images = keras.Input((SIZE, SIZE, 3))
-    x = conv(WIDTHS[0])(images)
+    x = conv(width)(images)
     x = x if pre_activation else act(norm()(x))
-    for stage, filters in enumerate(WIDTHS, 1):
+    for stage, filters in enumerate((width, 2 * width, 4 * width), 1):
         for unit in range(num_residual_units):
             stride, first = 2 if stage > 1 and unit == 0 else 1, stage == 1 and unit == 0
             x = ResidualUnit(filters, stride, conv, norm, act, pre_activation, activate_before_residual and first, shortcut,
@@ -126,7 +128,7 @@ def from_pytorch(network: ResNet, architecture: dict[str, Any], l2_reg_lambda: f
     """Build the Keras model of a PyTorch network, with its weights; architecture holds the arguments of ResNet."""
     model = resnet((architecture["depth"] - 2) // 6, architecture["classes"], architecture["leaky_slope"], l2_reg_lambda,
                    architecture["block"] == "pre", shortcut=architecture["shortcut"], activation=architecture["activation"],
-                   normalization=architecture["normalization"], dtype=dtype)  # fmt: skip
+                   normalization=architecture["normalization"], dtype=dtype, width=network.widths[0])  # fmt: skip
     model.set_weights(_keras_weights(network))
     return model
 
@@ -195,6 +197,8 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
         raise ValueError(f"setting {setting.name!r}: key 'optimizer': found 'muon'; {allowed}: sgd, adam, adamw")
     if setting.precision == "bfloat16":
         raise ValueError(f"setting {setting.name!r}: key 'precision': found 'bfloat16'; {allowed}: auto, float32, float64")
+    if setting.teacher:
+        raise ValueError(f"setting {setting.name!r}: key 'teacher': found {setting.teacher!r}; {allowed}: none")
     return "float32" if setting.precision == "auto" else setting.precision, False
 
 
@@ -202,8 +206,8 @@ class Learner:
     """The network in training, in TensorFlow: does what train.Learner does, from the same initial weights."""
 
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 first_weights: Tensors | None) -> None:  # fmt: skip
-        """Build network and optimizer; the device is the CPU."""
+                 first_weights: Tensors | None, teacher: None) -> None:  # fmt: skip
+        """Build network and optimizer; the device is the CPU, and there is no teacher."""
         self.mean, self.std = mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
         torch.manual_seed(seed)

@@ -22,6 +22,8 @@ from .muon import Muon
 from .settings import Setting
 from .storage import Tensors, check_tensors
 
+Trained = tuple[ResNet, dict[str, Any]]  # a network and the content of its config.json
+
 
 class Checkpoint(NamedTuple):
     """Everything that training changes, so that a resumed run equals an uninterrupted one."""
@@ -74,11 +76,20 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
 
+def imitation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Sum over a batch how far logits are from a teacher's, both [N, classes]: Kullback-Leibler, in nats, times temperature².
+
+    The factor makes up for the gradient, which shrinks with the square of the temperature (Hinton et al. 2015, section 2).
+    """
+    ours, theirs = ((each / temperature).log_softmax(1) for each in (logits, wanted))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+
 class Learner:
     """The network in training, in PyTorch: all that the training loop leaves to a framework."""
 
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 first_weights: Tensors | None) -> None:  # fmt: skip
+                 first_weights: Tensors | None, teacher: Trained | None) -> None:  # fmt: skip
         """Build network and optimizer; the arguments are those of `train`."""
         self.mean, self.std = mean_and_std(training.images)
         if device == "cuda":
@@ -91,15 +102,23 @@ class Learner:
         self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer, self.setting = make_optimizer(setting, model), setting
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        if teacher:
+            teaching = teacher[0].eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            scale = [torch.tensor(teacher[1][key], device=device) for key in ("mean", "std")]
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(x: Tensor, network: ResNet = model) -> Tensor:
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                return model(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
+                return network(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
 
         def loss_and_hits(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = forward(normalise(images, mean, std))
             hits = (logits.argmax(1) == targets.argmax(1)).sum()
-            return F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing), hits
+            loss = F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing)
+            if teacher:
+                with torch.no_grad():
+                    wanted = forward(normalise(images, *scale), teaching)
+                loss = torch.lerp(loss, imitation(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
+            return loss, hits
 
         # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
         mode = "reduce-overhead" if device == "cuda" else None
@@ -165,7 +184,8 @@ class Learner:
 
 
 def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
-          compiled: bool = False, first_weights: Tensors | None = None, checkpoint: Checkpoint | None = None,
+          compiled: bool = False, first_weights: Tensors | None = None, teacher: Trained | None = None,
+          checkpoint: Checkpoint | None = None,
           after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None, framework: Any = Learner,
           ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
@@ -182,6 +202,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
             "float32", or "float64".
         compiled: Compile the training step with torch.compile.
         first_weights: Replace the initial weights of the same names.
+        teacher: The network that setting.teacher names.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
         framework: What computes: Learner, or a class with the same methods.
@@ -201,7 +222,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     if last_batch < processes:
         raise ValueError(f"key 'batch_size': found {setting.batch_size}, with a last batch of {last_batch} images; "
                          f"allowed: at least one image for each of {processes} processes")  # fmt: skip
-    learner = framework(setting, seed, training, device, precision, compiled, first_weights)
+    learner = framework(setting, seed, training, device, precision, compiled, first_weights, teacher)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
     best: Tensors = {}
     if checkpoint:

@@ -25,7 +25,9 @@ from resnet_cifar10.export import describe, export, framed, mistakes, rejection_
 from resnet_cifar10.infer import BUILT_IN, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, square, views
+from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import load_model, save_model
+from resnet_cifar10.study import run as train_run
 
 CLASSES = ["red", "green", "blue"]
 CONFIG = {
@@ -249,6 +251,16 @@ def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
     for n in (1, 3, 70):
         (probabilities,) = classifier.session.run(["probabilities"], {"images": images[:n].numpy()})
         assert np.abs(probabilities - expected[:n]).max() < 1e-5
+
+
+def test_a_wider_network_is_finished_and_exported_too(tmp_path: Path) -> None:
+    row = Setting.model_validate({"name": "Wide", "model": "resnet8", "width": 24, "batch_size": 16, "epochs": 1,
+                                  "validation_size": 16, "precision": "float32", "compile": False})  # fmt: skip
+    images = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = Split(images, torch.arange(64) % 4, tuple("abcd"), "made up")
+    train_run(row, 0, lambda part: data if part == "train" else None, tmp_path)
+    assert load_model(tmp_path)[1]["architecture"]["width"] == 24
+    assert export(tmp_path, tmp_path / "again.onnx", images)[0] < 1e-5
 
 
 def test_the_activation_map_averages_to_the_logit(model: Path) -> None:

@@ -26,6 +26,12 @@ def test_shortcuts_have_no_parameters():
     assert parameter_count(ResNet(20, shortcut=False)) == COUNTS[20]
 
 
+def test_width_is_the_channels_of_the_first_stage():
+    w, blocks = 24, 3  # of each stage
+    stages = [9 * c * (before + (2 * blocks - 1) * c) + 4 * blocks * c for before, c in ((w, w), (w, 2 * w), (2 * w, 4 * w))]
+    assert parameter_count(ResNet(20, width=w)) == 9 * 3 * w + 2 * w + sum(stages) + 4 * w * 10 + 10
+
+
 def test_another_number_of_classes_changes_the_last_layer_alone():
     assert parameter_count(ResNet(20, classes=100)) == COUNTS[20] + 90 * 65
     assert ResNet(8, classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)

@@ -70,6 +70,7 @@ def test_the_same_weights_give_the_same_logits(depth: int, block: str, activatio
 @pytest.mark.parametrize("changes", [
     {"normalization": "layer", "activation": "gelu"}, {"normalization": "group", "activation": "silu", "block": "pre"},
     {"normalization": "none", "shortcut": "none"}, {"normalization": "none", "block": "pre"},
+    {"normalization": "layer", "width": 24},
 ])  # fmt: skip
 def test_every_other_option_gives_the_same_logits(changes: dict[str, Any]) -> None:
     model, architecture = network(row(model="resnet8", **changes), torch.float64)
@@ -199,6 +200,9 @@ def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path)
     (tmp_path / "muon.toml").write_text('[[setting]]\nname = "M"\noptimizer = "muon"\n')
     muon = run("train", tmp_path / "muon.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
     assert "'optimizer': found 'muon'; allowed with --framework tensorflow: sgd, adam, adamw" in muon
+    (tmp_path / "teacher.toml").write_text('[[setting]]\nname = "T"\nteacher = "resnet32"\n')
+    teacher = run("train", tmp_path / "teacher.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
+    assert "'teacher': found 'resnet32'; allowed with --framework tensorflow: none" in teacher
     assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).stderr
     assert "'abacus' is not one of 'pytorch', 'tensorflow'" in run(*table, "--framework", "abacus", status=2).stderr
     assert not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.signals import signals
 from resnet_cifar10.storage import load_model
-from resnet_cifar10.study import claim, epoch_line, split_data
+from resnet_cifar10.study import claim, epoch_line, evaluate_model, split_data
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, Learner
+from resnet_cifar10.train import Checkpoint, Learner, imitation
 
 # One thread: the same on every machine, and quick beside other work.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -224,6 +225,72 @@ def setting(**changes: object) -> Setting:
     return Setting.model_validate(small | {"precision": "float32"} | changes)
 
 
+def data(part: str) -> Split | None:
+    return None if part == "val" else images()
+
+
+def mislabelled(part: str) -> Split | None:
+    return None if part == "val" else replace(images(), labels=(images().labels + 1) % 4)
+
+
+def test_a_student_learns_what_its_teacher_says_as_much_as_it_is_told_to(tmp_path: Path) -> None:
+    train_run(setting(lr=0.02, epochs=8), 0, data, tmp_path / "teacher")
+    how = {"teacher": str(tmp_path / "teacher"), "validation_size": 0, "lr": 0.02, "epochs": 8}
+    for weight in (1.0, 0.01):
+        train_run(setting(teacher_weight=weight, **how), 0, mislabelled, tmp_path / f"{weight}")
+    imitates, disobeys = (evaluate_model(tmp_path / f"{weight}", images())["accuracy"] for weight in (1.0, 0.01))
+    assert (imitates > 90, disobeys < 10) == (True, True)
+
+
+def test_imitation_is_the_divergence_of_softened_probabilities() -> None:
+    ours, theirs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, p = (ours / 3).softmax(1), (theirs / 3).softmax(1)
+    assert float(imitation(ours, theirs, 3)) == pytest.approx(9 * float((p * (p / q).log()).sum()))
+    assert float(imitation(ours, ours + 7, 3)) == pytest.approx(0)
+
+
+def test_a_teacher_of_other_classes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    file = table(tmp_path)
+    file.write_text(file.read_text() + 'teacher = "resnet32"\n')
+    refused = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=2)
+    assert "key 'teacher': resnet32: found the classes airplane, " in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_stands_before_its_student(tmp_path: Path) -> None:
+    teacher = (setting(name="Teacher"), 0, tmp_path / "teacher")
+    student = (setting(name="Student", teacher=str(tmp_path / "teacher")), 0, tmp_path / "student")
+    with pytest.raises(ValueError, match="no such model"):
+        claim([student, teacher], data)
+    assert not [*tmp_path.iterdir()]
+    claim([teacher, student], data)
+
+
+def test_a_run_that_goes_on_with_another_teacher_is_not_bit_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_run(setting(), 0, data, tmp_path / "teacher")
+    row = setting(teacher=str(tmp_path / "teacher"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(run_folder, "save_checkpoint", save_then_die(after=1))
+        train_run(row, 0, data, tmp_path / "student")
+    shutil.rmtree(tmp_path / "teacher")
+    train_run(setting(lr=0.01), 0, data, tmp_path / "teacher")
+    train_run(row, 0, data, tmp_path / "student")
+    reason = json.loads((tmp_path / "student/environment.json").read_text())["not_bit_exact"]
+    assert reason == "resumed after epoch 1 with another teacher_sha256"
+
+
+def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
+    claim([(setting(), 0, tmp_path / "run")], data)
+    file = tmp_path / "run/setting.json"
+    content = json.loads(file.read_text())
+    del content["setting"]["width"]
+    file.write_text(json.dumps(content))
+    claim([(setting(), 0, tmp_path / "run")], data)
+    with pytest.raises(ValueError, match="width was 16, is 32"):
+        claim([(setting(width=32), 0, tmp_path / "run")], data)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Path) -> None:
     wild = setting(lr=100.0, normalization="none", shortcut="none", model="resnet56", epochs=5)
     with pytest.raises(JobFailed, match=r"no longer finite in epoch \d, at lr 100"):
@@ -231,22 +298,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Pat
     assert not (tmp_path / "result.json").exists()
 
 
+def save_then_die(after: int) -> Callable[[Path, Checkpoint], None]:
+    """Save as ever, then break off after this epoch."""
+    save = run_folder.save_checkpoint
+
+    def saved(folder: Path, checkpoint: Checkpoint) -> None:
+        save(folder, checkpoint)
+        if checkpoint.state["epoch"] == after:
+            raise RuntimeError("power cut")
+
+    return saved
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_every_optimizer_learns_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     row = setting(optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.003, nesterov=optimizer == "sgd", epochs=6)
-    result = train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "whole", "cpu")
+    result = train_run(row, 0, data, tmp_path / "whole", "cpu")
     assert result["test"]["accuracy"] > 50
 
-    def save_then_die(folder: Path, checkpoint: Checkpoint) -> None:
-        save_checkpoint(folder, checkpoint)
-        if checkpoint.state["epoch"] == 3:
-            raise RuntimeError("power cut")
-
-    save_checkpoint = run_folder.save_checkpoint
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(run_folder, "save_checkpoint", save_then_die)
-        train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
-    train_run(row, 0, lambda part: None if part == "val" else images(), tmp_path / "parts", "cpu")
+        patch.setattr(run_folder, "save_checkpoint", save_then_die(after=3))
+        train_run(row, 0, data, tmp_path / "parts", "cpu")
+    train_run(row, 0, data, tmp_path / "parts", "cpu")
     assert (tmp_path / "parts/last.safetensors").read_bytes() == (tmp_path / "whole/last.safetensors").read_bytes()
 
 
@@ -297,20 +370,20 @@ def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_networ
     assert 0 < vanishing[0] < 1e-20 * vanishing[-1]
 
 
-def test_the_time_left_counts_the_later_runs_by_their_depth() -> None:
+def test_the_time_left_counts_the_later_runs_by_their_size() -> None:
     row = {"epoch": 4, "train_loss": 1.0, "train_accuracy": 50.0, "validation_accuracy": None, "lr": 0.1,
            "train_seconds": 25.0, "validation_seconds": 5.0}  # fmt: skip
     one = setting(model="resnet20", epochs=10)
     assert epoch_line("One", one, [row], {}, later=0).endswith("lr 0.1  30 s  left 3.0 min")
-    assert epoch_line("One", one, [row], {}, later=10 * 56).endswith("left 3.0 min, of all runs 17.0 min")
-    assert epoch_line("One", one, [row], {}, later=200 * 20).endswith("left 3.0 min, of all runs 1 h 43 min")
+    assert epoch_line("One", one, [row], {}, later=10 * 56 * 16).endswith("left 3.0 min, of all runs 17.0 min")
+    assert epoch_line("One", one, [row], {}, later=200 * 20 * 16).endswith("left 3.0 min, of all runs 1 h 43 min")
     paused = row | {"train_seconds": 2_000.0}
     assert epoch_line("One", one, [paused, row], {}, later=0).endswith("left 3.0 min")
 
 
 def test_patience_ends_a_run_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     hopeless = setting(lr=1e-9, patience=2, epochs=50, augmentation="none")
-    result = train_run(hopeless, 0, lambda part: None if part == "val" else images(), tmp_path, "cpu")
+    result = train_run(hopeless, 0, data, tmp_path, "cpu")
     assert result["stopped_early"]
     assert result["epochs_run"] == result["best_epoch"] + 2
     assert load_model(tmp_path)[0].norm.num_batches_tracked == 3 * result["best_epoch"]
@@ -357,7 +430,7 @@ def test_a_step_has_the_learning_rate_of_its_place_in_the_schedule(tmp_path: Pat
 
 def test_a_step_is_that_of_pytorch() -> None:
     row, data = setting(lr=0.1, weight_decay=0.01, label_smoothing=0.1), images(16)
-    learner = Learner(row, 0, data, "cpu", "float32", False, None)
+    learner = Learner(row, 0, data, "cpu", "float32", False, None, None)
     torch.manual_seed(0)
     plain = ResNet(**row.architecture(4)).to(memory_format=torch.channels_last)
     sgd = torch.optim.SGD(plain.parameters(), 0.05, 0.9, weight_decay=0.01)
