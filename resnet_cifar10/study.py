@@ -125,8 +125,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     if setting.compile and not compiled and _compiling_pays(device, precision):
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
-    start = _first_weights(setting, seed, training) if setting.start_from else None
-    teacher = _teacher(setting, seed, training) if setting.teacher else None
+    start = _first_weights(setting, seed, training, read) if setting.start_from else None
+    teacher = _teacher(setting, seed, training, read) if setting.teacher else None
     facts = environment(device) | chosen.versions | {
         "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
         "training_images": len(training), "validation_images": len(validation),
@@ -267,23 +267,23 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     return training, validation
 
 
-def _other_model(key: str, setting: Setting, seed: int, training: Split) -> Trained:
+def _other_model(key: str, setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
     """Load the model that this key of the setting names, if it has not learned from images that are to validate this run."""
     name = getattr(setting, key)
     network, config = load_model(name)
     source, before = str(config.get("data")), config.get("setting", {}).get("validation_size", 0)
     held_out = (source, config.get("seed")) == (training.source, seed) and before >= setting.validation_size
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
-    if setting.validation_size and same_pictures and not held_out:
+    if setting.validation_size and not read("val") and same_pictures and not held_out:
         raise ValueError(f"key '{key}': {name} was trained on {source} with seed {config.get('seed')} and validation_size "
                          f"{before}; allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} "
                          "or more, or it has learned from images that are to validate it")  # fmt: skip
     return network, config
 
 
-def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
+def _first_weights(setting: Setting, seed: int, training: Split, read: Reader) -> Tensors:
     """Take the weights of another model; its last layer only where the classes are the same."""
-    trained, config = _other_model("start_from", setting, seed, training)
+    trained, config = _other_model("start_from", setting, seed, training, read)
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
     there = {"width": 16} | config["architecture"]  # older models do not say it
     if wrong := [key for key in wanted if wanted[key] != there.get(key) and key != "weight_init"]:
@@ -291,13 +291,17 @@ def _first_weights(setting: Setting, seed: int, training: Split) -> Tensors:
     return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
 
 
-def _teacher(setting: Setting, seed: int, training: Split) -> Trained:
+def _teacher(setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
     """Load the teacher, which must tell the same classes."""
-    network, config = _other_model("teacher", setting, seed, training)
-    if config["classes"] != list(training.classes):
-        ours, theirs = ", ".join(training.classes), ", ".join(config["classes"])
-        raise ValueError(f"key 'teacher': {setting.teacher}: found the classes {theirs}; allowed: those of the data ({ours})")
+    network, config = _other_model("teacher", setting, seed, training, read)
+    _check_classes(f"key 'teacher': {setting.teacher}", config, training)
     return network, config
+
+
+def _check_classes(where: str, config: dict[str, Any], data: Split) -> None:
+    if config["classes"] != list(data.classes):
+        theirs, ours = ", ".join(config["classes"]), ", ".join(data.classes)
+        raise ValueError(f"{where}: found the classes {theirs}; allowed: those of the data ({ours})")
 
 
 @contextmanager
@@ -368,7 +372,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
         for name, check in ((setting.start_from, _first_weights), (setting.teacher, _teacher)):
             if name and not {Path(name).resolve(), Path(name).resolve().parent} & {*earlier}:
-                check(setting, seed, training)
+                check(setting, seed, training, read)
     return claim
 
 
@@ -381,9 +385,7 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
     """
     chosen = choose(framework)
     network, config = load_model(model)
-    if list(test.classes) != config["classes"]:
-        ours, theirs = ", ".join(config["classes"]), ", ".join(test.classes)
-        raise ValueError(f"{model}: its classes ({ours}) are not those of the data ({theirs})")
+    _check_classes(str(model), config, test)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     title = f"evaluating {len(test):,} images"
     print(title, file=sys.stderr, flush=True)

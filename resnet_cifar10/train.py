@@ -202,14 +202,14 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
             "float32", or "float64".
         compiled: Compile the training step with torch.compile.
         first_weights: Replace the initial weights of the same names.
-        teacher: The network that setting.teacher names.
+        teacher: The network that setting.teacher names, and its config.json.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
         framework: What computes: Learner, or a class with the same methods.
 
     Yields:
-        The epoch's line of metrics (losses in nats an image, accuracies in percent; None without validation images) and
-        its checkpoint, whose tensors change with the next epoch.
+        The epoch's line of metrics (losses in nats an image, train_loss with a teacher's part; accuracies in percent; None
+        without validation images) and its checkpoint, whose tensors change with the next epoch.
 
     Raises:
         ValueError: If setting, checkpoint and number of processes do not fit together.

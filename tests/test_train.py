@@ -267,6 +267,17 @@ def test_a_teacher_stands_before_its_student(tmp_path: Path) -> None:
     claim([teacher, student], data)
 
 
+def test_a_teacher_of_another_seed_may_teach_where_validation_images_are_apart(tmp_path: Path) -> None:
+    def apart(part: str) -> Split:
+        return images()
+
+    train_run(setting(epochs=1), 0, apart, tmp_path / "teacher")
+    row = setting(teacher=str(tmp_path / "teacher"))
+    claim([(row, 1, tmp_path / "apart")], apart)
+    with pytest.raises(ValueError, match=r"key 'teacher': .* allowed: the same data, seed 1 "):
+        claim([(row, 1, tmp_path / "held out")], data)
+
+
 def test_a_run_that_goes_on_with_another_teacher_is_not_bit_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_run(setting(), 0, data, tmp_path / "teacher")
     row = setting(teacher=str(tmp_path / "teacher"))
