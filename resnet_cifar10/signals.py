@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Split, batches, mean_and_std, normalise
-from .model import ResNet
 from .settings import Setting
 from .storage import Tensors
+from .train import initial_network
 
 IMAGES = 128
 
@@ -25,12 +25,9 @@ def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors
         where it is no finite number.
 
     """
-    architecture = setting.architecture(len(training.classes))
     if setting.normalization == "sync_batch":  # one process looks alone
-        architecture["normalization"] = "batch"
-    torch.manual_seed(seed)
-    network = ResNet(**architecture)
-    network.load_state_dict(first_weights or {}, strict=False)
+        setting = setting.model_copy(update={"normalization": "batch"})
+    network = initial_network(setting, seed, len(training.classes), first_weights)
     outputs: list[Tensor] = []
 
     def remember(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

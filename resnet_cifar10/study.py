@@ -27,7 +27,7 @@ from .export import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
 from .run_folder import check_room, locked, resume, save, save_best
-from .settings import Setting
+from .settings import Setting, validated
 from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model, read_json, sha256, write_json
@@ -102,11 +102,7 @@ def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
     """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md)."""
     automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
     precision = automatic if setting.precision == "auto" else setting.precision
-    return precision, setting.compile and _compiling_pays(device, precision) and has_compiler()
-
-
-def _compiling_pays(device: str, precision: str) -> bool:
-    return device != "cpu" or precision == "bfloat16"
+    return precision, setting.compile and (device != "cpu" or precision == "bfloat16")
 
 
 def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
@@ -122,7 +118,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     keep_memory()
     chosen = choose(framework)
     precision, compiled = chosen.resolve(setting, device)
-    if setting.compile and not compiled and _compiling_pays(device, precision):
+    if compiled and not has_compiler():
+        compiled = False
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training, read) if setting.start_from else None
@@ -358,10 +355,8 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     claim: dict[str, Any] = {"setting": row, "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
         found = read_json(folder / "setting.json", ["setting"])
-        if not isinstance(found["setting"], dict):
-            raise ValueError(f"{folder / 'setting.json'}: not the setting of a run")
-        usual = Setting.model_validate({"name": "Usual"}).model_dump(exclude={"seeds"})  # of keys that are younger than the run
-        before, now = usual | found["setting"] | found, row | claim
+        then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
+        before, now = then.model_dump(exclude={"seeds"}) | found, row | claim
         if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
                       else f"{key} was {before.get(key)!r}, is {now[key]!r}"
                       for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip

@@ -16,6 +16,7 @@ from .infer import SIZE
 from .model import GROUPS, ResNet
 from .settings import Setting
 from .storage import Tensors
+from .train import initial_network
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # with it, faster, TensorFlow prints lines that nothing else silences
@@ -210,9 +211,7 @@ class Learner:
         """Build network and optimizer; the device is the CPU, and there is no teacher."""
         self.mean, self.std = mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
-        torch.manual_seed(seed)
-        self.network = ResNet(**architecture)
-        self.network.load_state_dict(first_weights or {}, strict=False)
+        self.network = initial_network(setting, seed, len(training.classes), first_weights)
         self.network.to(getattr(torch, precision))
         decay = 0.0 if setting.optimizer == "adamw" else setting.weight_decay
         self.model, self.optimizer = from_pytorch(self.network, architecture, decay, precision), make_optimizer(setting)

@@ -76,6 +76,14 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
 
+def initial_network(setting: Setting, seed: int, classes: int, first_weights: Tensors | None) -> ResNet:
+    """Build the network that a run begins with; `first_weights` replace the random ones of the same names."""
+    torch.manual_seed(seed)
+    network = ResNet(**setting.architecture(classes))
+    network.load_state_dict(first_weights or {}, strict=False)
+    return network
+
+
 def imitation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Sum over a batch how far logits are from a teacher's, both [N, classes]: Kullback-Leibler, in nats, times temperature².
 
@@ -95,15 +103,13 @@ class Learner:
         if device == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
-        torch.manual_seed(seed)
         dtype = torch.float64 if precision == "float64" else torch.float32
-        model = ResNet(**setting.architecture(len(training.classes)))
-        model.load_state_dict(first_weights or {}, strict=False)
+        model = initial_network(setting, seed, len(training.classes), first_weights)
         self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer, self.setting = make_optimizer(setting, model), setting
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         if teacher:
-            teaching = teacher[0].eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            teaching = teacher[0].to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             scale = [torch.tensor(teacher[1][key], device=device) for key in ("mean", "std")]
 
         def forward(x: Tensor, network: ResNet = model) -> Tensor:
