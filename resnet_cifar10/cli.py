@@ -19,6 +19,8 @@ from .names import printable
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .data import Split
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
 
@@ -75,13 +77,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on the test split of a data set."""
     _need_training()
-    from .sources import load
     from .study import evaluate_model
 
-    test = load(data, "test", os.cpu_count() or 1)
-    if test is None:
-        raise ValueError(f"{data}: has no test split")
-    metrics = evaluate_model(model, test, framework=framework)
+    metrics = evaluate_model(model, _test_images(data), framework=framework)
     if as_json:
         print(json.dumps(metrics))
         return
@@ -205,11 +203,8 @@ def export(
     """Write a model as one self-contained ONNX file and compare it with PyTorch."""
     _need_training()
     from .export import export as write_onnx
-    from .sources import load
 
-    test = load(data, "test") if data else None
-    if data and test is None:
-        raise ValueError(f"{data}: has no test split")
+    test = _test_images(data) if data else None
     difference, differing = write_onnx(model, out, test.images if test else None)
     images = f"{len(test):,} test images of {test.source}" if test else "256 random images"
     print(f"{out}: written; against PyTorch on {images}: probabilities within {difference:.1e}, other labels on {differing}")
@@ -241,6 +236,15 @@ def data(
 def _need_training() -> None:
     if missing := [package for package in TRAINING if find_spec(package) is None]:
         raise ValueError(f"this command needs {', '.join(missing)}: pip install 'resnet-cifar10[train]'")
+
+
+def _test_images(data: str) -> Split:
+    from .sources import load
+
+    test = load(data, "test", os.cpu_count() or 1)
+    if test is None:
+        raise ValueError(f"{data}: has no test split")
+    return test
 
 
 def _fail(message: object, status: int) -> NoReturn:

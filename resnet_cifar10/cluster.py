@@ -27,7 +27,7 @@ from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
 from .storage import read_json
-from .study import Task, claim, pace, run, run_folders, stop_signals
+from .study import Task, claim, duration, pace, run, run_folders, stop_signals
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
 REFRESH_SECONDS = 2
@@ -118,7 +118,7 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     left = "not known yet"
     if known and table.row_count:  # a run without an epoch yet is taken for a usual one
         total = sum((seconds or mean(known)) * epochs for seconds, epochs in zip(paces, epochs_left, strict=True))
-        left = f"{total / table.row_count / 60:.1f} min"
+        left = duration(total / table.row_count)
     return table, f"{table.row_count} running, {len(runs) - table.row_count} waiting, left {left}"
 
 

@@ -52,7 +52,7 @@ def _pixels(item: bytes | Path, name: str) -> bytes:
     if isinstance(item, bytes) and (small := _quick(item)) is not None:
         return small.tobytes()
     image = read_photo(item) if isinstance(item, Path) else _small(item, name)
-    return square(image, SIZE).tobytes()
+    return square(image).tobytes()
 
 
 def _quick(content: bytes) -> Pixels | None:

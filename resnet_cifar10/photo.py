@@ -64,17 +64,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Cut out the centre square and reduce it to size x size by area averaging."""
+def square(image: Image.Image) -> Image.Image:
+    """Cut out the centre square and reduce it to 32x32 by area averaging."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return reduced(image, (left, top, left + side, top + side), size)
+    return reduced(image, (left, top, left + side, top + side))
 
 
-def reduced(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Image.Image:
-    """Reduce a box (left, top, right, bottom) of an image to size x size by area averaging."""
+def reduced(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """Reduce a box (left, top, right, bottom) of an image to 32x32 by area averaging."""
     smallest = min(box[2] - box[0], box[3] - box[1])
-    return image.resize((size, size), Image.Resampling.BOX if smallest >= size else Image.Resampling.BILINEAR, box=box)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX if smallest >= SIZE else Image.Resampling.BILINEAR, box=box)
 
 
 def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
@@ -89,5 +89,5 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Reduce every box of a photo by area averaging, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
-    upright = np.stack([np.asarray(reduced(photo, box, SIZE)) for box in boxes(*photo.size)])
+    upright = np.stack([np.asarray(reduced(photo, box)) for box in boxes(*photo.size)])
     return np.concatenate([upright, upright[:, :, ::-1]])

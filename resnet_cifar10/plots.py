@@ -90,9 +90,10 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     place = -math.inf
     ends = sorted(end for end in ends if math.isfinite(end[0]))
     for i, (height, text, colour) in enumerate(ends):
-        wanted = axes.transLimits.transform(axes.transScale.transform((1, height)))[1]
+        wanted = min(max(axes.transLimits.transform(axes.transScale.transform((1, height)))[1], 0), 1)
         place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
-        axes.annotate(text, (1.02, place), xycoords="axes fraction", color=colour, va="center")
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate(text, (1, wanted), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=line)
 
 
 def shortened(name: str) -> str:
@@ -110,8 +111,8 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
         for row in rows:
             curves, line = row.curves("validation_accuracy"), line_of(row.number)
             plot_curves(axes, curves, line)
-            name = shortened(row.name)
-            ends.append((float(curves.mean(0)[-1]), name if row.done else f"{name} (unfinished)", line[0]))
+            end, name = float(curves.mean(0)[-1]), shortened(row.name)
+            ends.append((end, f"{name} {end:.1f}" + ("" if row.done else " (unfinished)"), line[0]))
         if enlarged:
             bottom = min(highest) - 3
             first = min(int((row.curves("validation_accuracy").mean(0) >= bottom).argmax()) for row in rows)
@@ -151,7 +152,7 @@ def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, floa
 
     Losses far beyond most others are marked at the edge, so that those can be seen.
     """
-    far = -1.5 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
+    far = -3 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
     edge = min(low for _, difference, low, _ in rows if difference >= far)
 
     def paint(figure: Any) -> None:

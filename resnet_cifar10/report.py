@@ -55,7 +55,7 @@ def best_section(best: Row) -> dict[str, Any] | None:
              f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
              if run.result["validation"] else ".")  # fmt: skip
     return {"name": best.name, "metrics": m, "text": f"Its run with seed {run.seed}, on the {m['n']:,} {split} images. {found}",
-            "calibration": text, "confusion": plot_confusion(m, split), "mistakes": m.get("mistakes", []),
+            "calibration": text, "confusion": plot_confusion(m, split),
             "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None}  # fmt: skip
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 
 from .data import Split, hold_out
 from .decode import decode
+from .download import ARCHIVE
 from .infer import SIZE
 from .settings import one_line
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ARCHIVE = "cifar-10-python.tar.gz"
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
 MAX_ROWS = 1_000_000  # of one parquet file
 MAX_PARQUET_BYTES = 500_000_000  # of all encoded images of a split

@@ -215,8 +215,8 @@ def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: d
     """Say how the last epoch went and how long the others will take, and the later runs, in proportion to their size."""
     row, seconds = rows[-1], pace(rows)
     epochs = setting.epochs - row["epoch"]
-    left = _duration(seconds * epochs)
-    left += f", of all runs {_duration(seconds * (epochs + later / _size(setting)))}" if later else ""
+    left = duration(seconds * epochs)
+    left += f", of all runs {duration(seconds * (epochs + later / _size(setting)))}" if later else ""
     validation = ""
     if row["validation_accuracy"] is not None:
         best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
@@ -235,7 +235,8 @@ def pace(rows: list[dict[str, Any]]) -> float:
     return median_low([row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]])  # type: ignore[no-any-return]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say how long something takes."""
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
 

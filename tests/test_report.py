@@ -486,7 +486,7 @@ def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "Chance against Base.** Differs in lr (0.3 instead of 0.1). 2.80 points better" in text
     assert "p = 0.031)" in text
-    assert "Tested as 3 at once (Holm's correction, 5 %), those of Chance with Base no longer tell." in text
+    assert "Tested as 3 at once (Holm's correction, 5 %), no longer certain: Chance with Base." in text
 
 
 def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:

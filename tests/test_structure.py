@@ -11,7 +11,7 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("errors", "settings", "infer", "photo_like", "data", "model", "storage", "evaluate", "muon", "train")
-ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "sources", "download", "export",
+ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "download", "sources", "export",
          "run_folder", "names", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
          "cli", "__main__", "__init__")  # fmt: skip
 
