@@ -2,9 +2,10 @@
 
 Members are held-out validation images of CIFAR-10, made into photos with four kinds of background. None of the ten classes
 is in the pictures that come with scikit-image, scikit-learn and matplotlib (but those left out below) and in five kinds of
-synthetic pictures. Real photos of the ten classes (--photos, folders by class and "none") are measured, and choose nothing.
+synthetic pictures. Members and strangers of one and the same source are cut out of photographs: Tux Paint's stamps, which
+Debian has as tuxpaint-stamps-default. Other photos (--photos, folders by class and "none") are measured, and choose nothing.
 
-    python benchmarks/framing.py resnet32 --data data [--photos photos]
+    python benchmarks/framing.py resnet32 --data data --stamps /usr/share/tuxpaint/stamps [--photos photos]
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from sklearn.metrics import roc_auc_score
 
-from resnet_cifar10.data import hold_out, normalise
-from resnet_cifar10.export import ODDITY_WEIGHT, SHORT_SIDE, describe, framed
+from resnet_cifar10.data import hold_out
+from resnet_cifar10.evaluate import predict
+from resnet_cifar10.export import SHORT_SIDE, framed
 from resnet_cifar10.infer import SIZE, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import boxes, read_photo, reduced, views
@@ -37,6 +39,19 @@ REAL = {"coffee.png", "camera.png", "clock_motion.png", "astronaut.png", "motorc
         "coins.png", "flower.jpg", "china.jpg", "grace_hopper.jpg"}  # fmt: skip
 TEXTURES = {"brick.png", "cell.png", "chessboard_RGB.png", "color.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
             "ihc.png", "logo.png", "logo2.png", "microaneurysms.png", "page.png", "retina.jpg", "text.png"}  # fmt: skip
+
+STAMPS = {
+    "bird": ["animals/birds/*"], "frog": ["animals/amphibians/*"], "horse": ["animals/mammals/equines/horse"],
+    "deer": ["animals/mammals/deer/*"], "dog": ["animals/mammals/dogs/d*"], "automobile": ["vehicles/auto/s*"],
+    "truck": ["vehicles/garbagetruck", "vehicles/emergency/firetruck", "vehicles/auto/truck"],
+    "airplane": ["vehicles/flight/planes/747", "military/vehicles/f22_raptor"], "ship": ["vehicles/ship/*"],
+    "plants": ["food/fruit/*", "food/vegetables/*", "food/nuts/*", "plants/flowers/*", "plants/mushrooms/*"],
+    "things": ["household/*", "household/tools/*", "household/dishes/*", "hobbies/music/string/*", "sports/*", "town/*"],
+    "beasts": ["animals/fish/*", "animals/insects/*", "animals/shellfish/*", "animals/mammals/*"] +
+              [f"animals/mammals/{kind}/*" for kind in ("rodents", "bovines", "apes", "aquatic")],
+}  # fmt: skip
+NO_STAMPS = {"hedgehog", "rubberduck", "rugby_goal_posts"}  # a drawing, nearly a bird, hardly anything
+STAMP_SCENES = 6  # of each
 
 
 def candidates(width: int, height: int) -> dict[str, tuple[float, float, float, float]]:
@@ -109,13 +124,40 @@ def strangers(images: Array, rng: np.random.Generator) -> dict[str, list[Image.I
     return found
 
 
-def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array, Array]:
-    """Map images [N, 32, 32, 3] to logits [N, classes], features [N, 64] and contrasts [N, 32]."""
-    mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
+def stamps(folder: Path, images: Array, rng: np.random.Generator) -> dict[str, list[Image.Image]]:
+    """Paste cut-out photographs into scenes; they fill 60 to 100 % of what fits."""
+    kinds = backgrounds(images, rng)
+    kinds["blurred"] = lambda image: Image.fromarray(image).filter(ImageFilter.GaussianBlur(3))
+    behind = [kinds[name] for name in ("gradient", "corners of others", "blurred")]
+
+    def scene(file: Path) -> Image.Image:
+        stamp = Image.open(file).convert("RGBA")
+        stamp = stamp.crop(stamp.getbbox())
+        shape = rng.permuted([1.0, rng.choice([1, 4 / 3, 3 / 2, 16 / 9])])
+        width, height = (1.5 * SHORT_SIDE * shape).round().astype(int).tolist()
+        made = behind[rng.integers(len(behind))](images[rng.integers(len(images))])
+        assert made
+        photo = made.resize((width, height), Image.Resampling.BICUBIC)
+        scale = rng.uniform(0.6, 1) * min(width / stamp.width, height / stamp.height)
+        stamp = stamp.resize((round(stamp.width * scale), round(stamp.height * scale)), Image.Resampling.LANCZOS)
+        left, top = ((np.array(photo.size) - stamp.size) * rng.triangular(0, 0.5, 1, 2)).round().astype(int).tolist()
+        photo.paste(stamp, (left, top), stamp)
+        return photo
+
+    def usable(file: Path) -> bool:
+        stem = file.stem
+        return not (stem in NO_STAMPS or stem.endswith(("_mirror", "_flip"))) and min(Image.open(file).size) >= 60
+
+    files = {kind: [file for part in parts for file in sorted(folder.glob(f"{part}.png")) if usable(file)]
+             for kind, parts in STAMPS.items()}  # fmt: skip
+    return {kind: [scene(file) for file in found for _ in range(STAMP_SCENES)] for kind, found in files.items()}
+
+
+def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array]:
+    """Map images [N, 32, 32, 3] to logits [N, classes] and features [N, 64]."""
+    features = predict(lambda x: model.maps(x).mean((2, 3)), torch.from_numpy(images), config["mean"], config["std"])
     with torch.inference_mode():
-        parts = [describe(model, normalise(part, mean, std))[:2] for part in torch.from_numpy(images).split(500)]
-        features, contrasts = map(torch.cat, zip(*parts, strict=True))
-        return model.linear(features).numpy(), features.numpy(), contrasts.numpy()
+        return model.linear(features).numpy(), features.numpy()
 
 
 def softmax(logits: Array) -> Array:
@@ -138,12 +180,11 @@ RULES: dict[str, Callable[[Array, float], Array]] = {  # logits [N, V, classes] 
 }
 
 
-def scores(z: Array, f: Array, c: Array, t: float, means: Array, precision: Array, usual: Array) -> dict[str, Array]:
-    """Compute each rejection score of photos from logits [N, V, classes], features [N, V, 64] and contrasts [N, V, 32]."""
+def scores(z: Array, f: Array, t: float, means: Array, precision: Array) -> dict[str, Array]:
+    """Compute each rejection score of photos from logits [N, V, classes] and features [N, V, 64]."""
     p, unit = softmax(z / t), means / np.linalg.norm(means, axis=1, keepdims=True)
     offset = f[:, :, None] - means
-    cosine = (f @ unit.T / np.linalg.norm(f, axis=2, keepdims=True)).max(2)
-    oddity = np.linalg.norm((c - usual.mean(0)) / usual.std(0), axis=2)
+    cosine = f @ unit.T / np.linalg.norm(f, axis=2, keepdims=True)
     return {
         "highest mean probability": p.mean(1).max(1),
         "mean of highest probabilities": p.max(2).mean(1),
@@ -151,10 +192,9 @@ def scores(z: Array, f: Array, c: Array, t: float, means: Array, precision: Arra
         "agreement of views": (z.argmax(2) == p.mean(1).argmax(1)[:, None]).mean(1),
         "energy": np.log(np.exp(z).sum(2)).mean(1),
         "highest logit": z.max(2).mean(1),
-        "cosine to a class mean": cosine.mean(1),
-        "oddity of contrasts": -oddity.mean(1),
-        **{f"cosine less {weight} x oddity": (cosine - weight * oddity).mean(1)
-           for weight in (ODDITY_WEIGHT / 2, ODDITY_WEIGHT, 2 * ODDITY_WEIGHT)},
+        "cosine to the nearest class mean": cosine.max(2).mean(1),
+        "cosines weighted with probabilities": (p * cosine).sum(2).mean(1),
+        "highest probability times its cosine": (p * cosine).max(2).mean(1),
         "distance to a class mean": -np.linalg.norm(offset, axis=3).min(2).mean(1),
         "Mahalanobis distance": -np.sqrt(np.einsum("nvcf,fg,nvcg->nvc", offset, precision, offset).min(2)).mean(1),
     }  # fmt: skip
@@ -165,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model folder, a finished run folder or a built-in name")
     parser.add_argument("--data", required=True, help="CIFAR-10, as for resnet-cifar10 train")
+    parser.add_argument("--stamps", type=Path, required=True, help="the folder of Tux Paint's stamps")
     parser.add_argument("--photos", type=Path, help="folders of photos, named like the classes and 'none'")
     options = parser.parse_args()
     model, config = load_model(options.model)
@@ -179,10 +220,13 @@ def main() -> None:
     makers = list(kinds.values())
     sets = {"members": [framed(images[i], rng, makers[k](images[i])) for i, k in zip(chosen, kind_of, strict=True)]}
     sets |= strangers(images, rng)
+    cut_out = stamps(options.stamps, images, rng)
+    sets["stamps"] = [photo for kind, photos in cut_out.items() if kind in held.classes for photo in photos]
+    sets |= {kind: photos for kind, photos in cut_out.items() if kind not in held.classes}
     names = list(candidates(1, 1))
 
     def seen(photos: list[Image.Image]) -> list[Array]:
-        upright = np.array([[reduced(photo, box, SIZE) for box in candidates(*photo.size).values()] for photo in photos])
+        upright = np.array([[reduced(photo, box) for box in candidates(*photo.size).values()] for photo in photos])
         both = np.stack([upright, upright[:, :, :, ::-1]], 2)  # [N, boxes, 2, 32, 32, 3]
         return [x.reshape(*both.shape[:3], -1) for x in look(model, config, both.reshape(-1, SIZE, SIZE, 3))]
 
@@ -208,20 +252,21 @@ def main() -> None:
         text = f"**{text}**" if number == len(rows) else text  # the views of the package
         print(f"| {text} | {mirrored * len(places)} | {' | '.join(f'{value:.1f}' for value in values)} |")
 
-    _, f, usual = look(model, config, images)
+    _, f = look(model, config, images)
     means = np.stack([f[held.labels.numpy() == c].mean(0) for c in range(len(held.classes))])
     precision = np.linalg.inv(np.cov((f - means[held.labels.numpy()]).T) + 1e-3 * np.eye(f.shape[1]))
     flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in each] for kind, each in looked.items()}
-    found = {kind: scores(*each, temperature, means, precision, usual) for kind, each in flat.items()}
-    strange = [kind for kind in sets if kind != "members"]
-    print(f"\nViews of the package ({', '.join(names[place] for place in here)}; mirrored): "
-          f"{accuracy(here, 2, 'mean of probabilities'):.1f} %. AUROC of members against strangers "
-          f"({', '.join(f'{len(sets[kind])} {kind}' for kind in strange)}).\n")  # fmt: skip
-    print(f"| score | {' | '.join(strange)} | mean |\n| --- |{' --- |' * len(strange)} --- |")
-    for score, values in found["members"].items():
-        areas = [roc_auc_score([1] * len(values) + [0] * len(sets[kind]), np.r_[values, found[kind][score]])
-                 for kind in strange]  # fmt: skip
-        print(f"| {score} | {' | '.join(f'{area:.3f}' for area in areas)} | {np.mean(areas):.3f} |")
+    found = {kind: scores(*each, temperature, means, precision) for kind, each in flat.items()}
+    strange = {"members": ["photos", "textures", "synthetic"], "stamps": ["plants", "things", "beasts"]}
+    print(f"\nAUROC; pictures: {', '.join(f'{len(photos)} {kind}' for kind, photos in sets.items())}.\n")
+    print(f"| score | {' | mean | '.join(' | '.join(others) for others in strange.values())} | mean |\n| --- |{' --- |' * 8}")
+    for score in found["members"]:
+        cells = []
+        for own, others in strange.items():
+            areas = [roc_auc_score([1] * len(sets[own]) + [0] * len(sets[kind]), np.r_[found[own][score], found[kind][score]])
+                     for kind in others]  # fmt: skip
+            cells += [*areas, np.mean(areas)]
+        print(f"| {score} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
 
     classifier = Classifier(options.model)
     answers = {kind: [classifier.classify(views(photo)) for photo in photos] for kind, photos in sets.items()}
@@ -229,8 +274,12 @@ def main() -> None:
     print("\nRefused by the threshold of the model, in percent:\n\n| photos | refused |\n| --- | --- |")
     for k, kind in enumerate(kinds):
         print(f"| members, {kind} | {100 * refused['members'][kind_of == k].mean():.1f} |")
-    for kind in strange:
-        print(f"| {kind} | {100 * refused[kind].mean():.1f} |")
+    for kind in sets:
+        if kind != "members":
+            print(f"| {kind} | {100 * refused[kind].mean():.1f} |")
+    wanted = [kind for kind, photos in cut_out.items() if kind in held.classes for _ in photos]
+    right = np.array([answer.label == label for answer, label in zip(answers["stamps"], wanted, strict=True)])
+    print(f"\nOf {len(wanted)} members among the stamps {100 * right.mean():.1f} % are named rightly.")
     if options.photos:
         measure(classifier, options.photos)
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from .data import Split, normalise
-from .evaluate import accuracy, evaluate, fit_temperature, predict
+from .evaluate import evaluate, fit_temperature, predict
 from .infer import SIZE, Classifier, onnx_runtime, seal
 from .model import ResNet
 from .photo import views
@@ -27,7 +27,6 @@ OPSET = 20
 REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
 FRAMED = 2_000  # photos made of validation images, at most, to find it
 SHORT_SIDE = 128  # pixels of these photos
-ODDITY_WEIGHT = 0.02  # cosines for each standard deviation; chosen in docs/photos.md
 NEVER = -1e9  # the rejection threshold of a network without validation images
 
 
@@ -38,33 +37,22 @@ class _Deployed(nn.Module):
         super().__init__()
         self.model, self.temperature = model, config["temperature"]
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-        self.contrast_mean, self.contrast_std = torch.tensor(config["contrast_mean"]), torch.tensor(config["contrast_std"])
-        self.directions = F.normalize(torch.tensor(config["class_means"]))
+        self.directions = torch.tensor(config["class_directions"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map images uint8 [N, 32, 32, 3] to the three outputs of the graph.
 
         Returns:
-            Probabilities [N, classes]; membership [N], the cosine between an image's features and the nearest class mean,
-            less what its contrasts are odd by; activation maps [N, classes, 8, 8] (Zhou et al. 2016).
+            Probabilities [N, classes]; membership [N], the cosines between an image's features and the class means, each
+            weighted with the probability of its class; activation maps [N, classes, 8, 8] (Zhou et al. 2016).
 
         """
-        features, contrasts, maps = describe(self.model, normalise(images, self.mean, self.std))
-        cosine = (F.normalize(features) @ self.directions.T).amax(1)
-        oddity = ((contrasts - self.contrast_mean) / self.contrast_std).norm(dim=1)
-        activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
+        maps = self.model.maps(normalise(images, self.mean, self.std))
+        features = maps.mean((2, 3))
         probabilities = (self.model.linear(features) / self.temperature).softmax(1)
-        return probabilities, cosine - ODDITY_WEIGHT * oddity, activation
-
-
-def describe(model: ResNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Map normalised images to features [N, 64], contrasts [N, 32] and the last maps [N, 64, 8, 8], at width 16.
-
-    The contrast of a channel is the standard deviation of its map after the second stage: text, noise and patterns that were
-    not trained on have odd ones, whatever class the last stage then takes them for (after Sastry & Oore 2020).
-    """
-    middle, maps = model.maps(x)
-    return maps.mean((2, 3)), middle.std((2, 3)), maps
+        cosines = F.normalize(features) @ self.directions.T
+        activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
+        return probabilities, (probabilities * cosines).sum(1), activation
 
 
 def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[float, int]:
@@ -80,11 +68,9 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     import onnx
 
     network, config = load_model(model)
-    shapes = {"class_means": (len(config["classes"]), network.widths[2]),
-              "contrast_mean": network.widths[1:2], "contrast_std": network.widths[1:2]}  # fmt: skip
-    for key, wanted in shapes.items():
-        if (found := np.shape(config.get(key) or [])) != wanted:
-            raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
+    found, wanted = np.shape(config.get("class_directions") or []), (len(config["classes"]), network.widths[2])
+    if found != wanted:
+        raise ValueError(f"{model}: config.json: key 'class_directions': found numbers of shape {found}; allowed: {wanted}")
     deployed = _Deployed(network, config).eval()
     if images is None:
         images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -124,27 +110,23 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
 
     """
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
-    members = {"class_means": class_means, "contrast_mean": torch.zeros(model.widths[1]),
-               "contrast_std": torch.ones(model.widths[1])}  # fmt: skip
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
-        if split is None or not len(split):
+        if not split:
             continue
-        logits = predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
+        images = split.images.to(device)
+        logits = predict(model, images, config["mean"], config["std"]).cpu()
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
-            images = split.images.to(device)
-            both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
-            features, contrasts = both.tensor_split([model.widths[2]], 1)
+            features = predict(lambda x: model.maps(x).mean((2, 3)), images, config["mean"], config["std"]).cpu()
             for label in set(split.labels.tolist()):
                 class_means[label] = features[split.labels == label].mean(0)
-            members |= {"contrast_mean": contrasts.mean(0), "contrast_std": contrasts.std(0, correction=0).clamp(1e-3)}
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
         metrics[part]["mistakes"] = mistakes(logits / temperature, split)
-        print(f"{part} accuracy {accuracy(logits, split.labels):.2f} % of {len(split):,} images", flush=True)
+        print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
     config = config | {
         "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,
-        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in members.items()},
+        "class_directions": np.round(F.normalize(class_means).double().numpy(), 6).tolist(),
         "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
                      for part, values in metrics.items()},
     }  # fmt: skip
@@ -204,9 +186,8 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
     chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
     chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
     members = f"""\
-Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the cosine
-  between the features of a photo and the nearest class mean, less {ODDITY_WEIGHT} times how many standard deviations the
-  contrasts of its second stage lie from those of validation images; the mean of its views. A photo below
+Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the mean cosine
+  between the features of a photo's views and the class means, each class weighted with its probability. A photo below
   {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images."""
     if not accuracy["validation"]:
         members = 'No photo is answered with "none of these": that takes validation images.'

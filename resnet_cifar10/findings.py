@@ -217,7 +217,7 @@ def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
         ranked = sorted(tested, key=tested.__getitem__)
         stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
         fallen = [name for i, name in enumerate(ranked) if tested[name] < 0.05 and not all(stand[: i + 1])]
-        told = f"those of {join(fallen)} no longer tell" if fallen else "the same ones tell" if any(stand) else "none tells"
+        told = f"no longer certain: {join(fallen)}" if fallen else "the same ones tell" if any(stand) else "none tells"
         said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real. "
                     f"Tested as {len(ranked)} at once (Holm's correction, 5 %), {told}.")  # fmt: skip
     return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
@@ -251,8 +251,8 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
                                "grey: the seeds cannot tell it from nothing; an arrow: farther than it reaches.")  # fmt: skip
     if classifier:
         told["photos"] = (f"Classified by {name}, of {len(classifier.classes)} classes, trained on "
-                          f"{classifier.config.get('data', 'unknown data')}. “None of these”: its likeness to the nearest "
-                          "class, less a penalty for odd textures, is below the model's threshold.")  # fmt: skip
+                          f"{classifier.config.get('data', 'unknown data')}. “None of these”: its likeness to the "
+                          "classes is below the model's threshold.")  # fmt: skip
     return told
 
 

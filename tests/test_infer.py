@@ -21,7 +21,7 @@ from conftest import ROOT
 from PIL import Image
 
 from resnet_cifar10.data import Split
-from resnet_cifar10.export import describe, export, framed, mistakes, rejection_threshold
+from resnet_cifar10.export import export, framed, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, square, views
@@ -32,8 +32,7 @@ from resnet_cifar10.study import run as train_run
 CLASSES = ["red", "green", "blue"]
 CONFIG = {
     "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
-    "temperature": 2.0, "rejection_threshold": -1.0, "class_means": np.eye(3, 64).tolist(),
-    "contrast_mean": [0.1] * 32, "contrast_std": [2.0] * 32,
+    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(),
 }  # fmt: skip
 
 
@@ -171,9 +170,9 @@ def test_a_square_is_the_centre_averaged_over_its_area() -> None:
     pixels[:, :68] = 255  # outside the centre square
     pixels[::2, 68:132] = 100
     for lying_or_standing in (pixels, pixels.transpose(1, 0, 2)):
-        assert (np.asarray(square(Image.fromarray(lying_or_standing), 32)) == 50).all()
+        assert (np.asarray(square(Image.fromarray(lying_or_standing))) == 50).all()
     unchanged = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    assert np.array_equal(square(unchanged, 32), unchanged)
+    assert np.array_equal(square(unchanged), unchanged)
 
 
 def test_a_photo_and_its_mirror_image_get_the_same_answer(model: Path, photo: Image.Image) -> None:
@@ -224,12 +223,13 @@ def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_pat
     assert {photo.size for photo in photos} >= {(128, 128), (171, 128), (128, 192), (228, 128)}
 
 
-def test_membership_is_the_cosine_to_the_nearest_class_less_what_the_contrasts_are_odd_by(model: Path) -> None:
+def test_membership_is_the_cosine_to_the_class_means_weighted_with_the_probabilities(model: Path) -> None:
     network, _ = load_model(model)
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8))
     with torch.inference_mode():
-        features, contrasts, _ = describe(network, ((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2))
-    expected = F.normalize(features)[:, :3].amax(1) - 0.02 * ((contrasts - 0.1) / 2).norm(dim=1)
+        features = network.maps(((images.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)).mean((2, 3))
+        probabilities = (network.linear(features) / 2).softmax(1)
+    expected = (probabilities * F.normalize(features)[:, :3]).sum(1)
     (membership,) = Classifier(model).session.run(["membership"], {"images": images.numpy()})
     assert membership == pytest.approx(expected.numpy(), abs=1e-5)
 
