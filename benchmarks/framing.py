@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 from resnet_cifar10.data import hold_out
 from resnet_cifar10.evaluate import predict
-from resnet_cifar10.export import SHORT_SIDE, framed
+from resnet_cifar10.export import EXCESS_WEIGHT, SHORT_SIDE, describe, framed
 from resnet_cifar10.infer import SIZE, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import boxes, read_photo, reduced, views
@@ -153,11 +153,12 @@ def stamps(folder: Path, images: Array, rng: np.random.Generator) -> dict[str, l
     return {kind: [scene(file) for file in found for _ in range(STAMP_SCENES)] for kind, found in files.items()}
 
 
-def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array]:
-    """Map images [N, 32, 32, 3] to logits [N, classes] and features [N, 64]."""
-    features = predict(lambda x: model.maps(x).mean((2, 3)), torch.from_numpy(images), config["mean"], config["std"])
+def look(model: ResNet, config: dict[str, Any], images: Array) -> tuple[Array, Array, Array]:
+    """Map images [N, 32, 32, 3] to logits [N, classes], features [N, 64] and contrasts [N, 32]."""
+    pictures, both = torch.from_numpy(images), lambda x: torch.cat(describe(model, x)[:2], 1)
+    features, contrasts = predict(both, pictures, config["mean"], config["std"]).tensor_split([model.widths[2]], 1)
     with torch.inference_mode():
-        return model.linear(features).numpy(), features.numpy()
+        return model.linear(features).numpy(), features.numpy(), contrasts.numpy()
 
 
 def softmax(logits: Array) -> Array:
@@ -180,11 +181,14 @@ RULES: dict[str, Callable[[Array, float], Array]] = {  # logits [N, V, classes] 
 }
 
 
-def scores(z: Array, f: Array, t: float, means: Array, precision: Array) -> dict[str, Array]:
-    """Compute each rejection score of photos from logits [N, V, classes] and features [N, V, 64]."""
+def scores(z: Array, f: Array, c: Array, t: float, means: Array, precision: Array, usual: Array) -> dict[str, Array]:
+    """Compute each rejection score of photos from logits [N, V, classes], features [N, V, 64] and contrasts [N, V, 32]."""
     p, unit = softmax(z / t), means / np.linalg.norm(means, axis=1, keepdims=True)
     offset = f[:, :, None] - means
     cosine = f @ unit.T / np.linalg.norm(f, axis=2, keepdims=True)
+    nearest, weighted_cosine = cosine.max(2), (p * cosine).sum(2)
+    odd = (c - usual.mean(0)) / usual.std(0)
+    oddity, excess = np.linalg.norm(odd, axis=2), odd.clip(0).mean(2)
     return {
         "highest mean probability": p.mean(1).max(1),
         "mean of highest probabilities": p.max(2).mean(1),
@@ -192,9 +196,14 @@ def scores(z: Array, f: Array, t: float, means: Array, precision: Array) -> dict
         "agreement of views": (z.argmax(2) == p.mean(1).argmax(1)[:, None]).mean(1),
         "energy": np.log(np.exp(z).sum(2)).mean(1),
         "highest logit": z.max(2).mean(1),
-        "cosine to the nearest class mean": cosine.max(2).mean(1),
-        "cosines weighted with probabilities": (p * cosine).sum(2).mean(1),
+        "cosine to the nearest class mean": nearest.mean(1),
+        "cosines weighted with probabilities": weighted_cosine.mean(1),
         "highest probability times its cosine": (p * cosine).max(2).mean(1),
+        "oddity of contrasts": -oddity.mean(1),
+        "excess of contrasts": -excess.mean(1),
+        "nearest cosine less 0.02 x oddity": (nearest - 0.02 * oddity).mean(1),
+        **{f"weighted cosines less {weight} x excess": (weighted_cosine - weight * excess).mean(1)
+           for weight in (EXCESS_WEIGHT / 2, EXCESS_WEIGHT, 2 * EXCESS_WEIGHT)},
         "distance to a class mean": -np.linalg.norm(offset, axis=3).min(2).mean(1),
         "Mahalanobis distance": -np.sqrt(np.einsum("nvcf,fg,nvcg->nvc", offset, precision, offset).min(2)).mean(1),
     }  # fmt: skip
@@ -252,11 +261,11 @@ def main() -> None:
         text = f"**{text}**" if number == len(rows) else text  # the views of the package
         print(f"| {text} | {mirrored * len(places)} | {' | '.join(f'{value:.1f}' for value in values)} |")
 
-    _, f = look(model, config, images)
+    _, f, usual = look(model, config, images)
     means = np.stack([f[held.labels.numpy() == c].mean(0) for c in range(len(held.classes))])
     precision = np.linalg.inv(np.cov((f - means[held.labels.numpy()]).T) + 1e-3 * np.eye(f.shape[1]))
     flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in each] for kind, each in looked.items()}
-    found = {kind: scores(*each, temperature, means, precision) for kind, each in flat.items()}
+    found = {kind: scores(*each, temperature, means, precision, usual) for kind, each in flat.items()}
     strange = {"members": ["photos", "textures", "synthetic"], "stamps": ["plants", "things", "beasts"]}
     print(f"\nAUROC; pictures: {', '.join(f'{len(photos)} {kind}' for kind, photos in sets.items())}.\n")
     print(f"| score | {' | mean | '.join(' | '.join(others) for others in strange.values())} | mean |\n| --- |{' --- |' * 8}")

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ OPSET = 20
 REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
 FRAMED = 2_000  # photos made of validation images, at most, to find it
 SHORT_SIDE = 128  # pixels of these photos
+EXCESS_WEIGHT = 0.05  # cosines for each standard deviation; chosen in docs/photos.md
 NEVER = -1e9  # the rejection threshold of a network without validation images
 
 
@@ -38,21 +40,33 @@ class _Deployed(nn.Module):
         self.model, self.temperature = model, config["temperature"]
         self.mean, self.std = torch.tensor(config["mean"]), torch.tensor(config["std"])
         self.directions = torch.tensor(config["class_directions"])
+        self.contrast_mean, self.contrast_std = torch.tensor(config["contrast_mean"]), torch.tensor(config["contrast_std"])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map images uint8 [N, 32, 32, 3] to the three outputs of the graph.
 
         Returns:
             Probabilities [N, classes]; membership [N], the cosines between an image's features and the class means, each
-            weighted with the probability of its class; activation maps [N, classes, 8, 8] (Zhou et al. 2016).
+            weighted with the probability of its class, less the excess of its contrasts; activation maps [N, classes, 8, 8]
+            (Zhou et al. 2016).
 
         """
-        maps = self.model.maps(normalise(images, self.mean, self.std))
-        features = maps.mean((2, 3))
+        features, contrasts, maps = describe(self.model, normalise(images, self.mean, self.std))
         probabilities = (self.model.linear(features) / self.temperature).softmax(1)
-        cosines = F.normalize(features) @ self.directions.T
+        likeness = (probabilities * (F.normalize(features) @ self.directions.T)).sum(1)
+        excess = ((contrasts - self.contrast_mean) / self.contrast_std).relu().mean(1)
         activation = torch.einsum("nchw,kc->nkhw", maps, self.model.linear.weight)
-        return probabilities, (probabilities * cosines).sum(1), activation
+        return probabilities, likeness - EXCESS_WEIGHT * excess, activation
+
+
+def describe(model: ResNet, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Map normalised images to features [N, 64], contrasts [N, 32] and the last maps [N, 64, 8, 8], at width 16.
+
+    The contrast of a channel is the standard deviation of its map after the second stage: a picture richer in detail than
+    those trained on has high ones, whatever class the last stage then takes it for (after Sastry & Oore 2020).
+    """
+    middle, maps = model.maps(x)
+    return maps.mean((2, 3)), middle.std((2, 3)), maps
 
 
 def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[float, int]:
@@ -68,9 +82,11 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     import onnx
 
     network, config = load_model(model)
-    found, wanted = np.shape(config.get("class_directions") or []), (len(config["classes"]), network.widths[2])
-    if found != wanted:
-        raise ValueError(f"{model}: config.json: key 'class_directions': found numbers of shape {found}; allowed: {wanted}")
+    shapes = {"class_directions": (len(config["classes"]), network.widths[2]),
+              "contrast_mean": network.widths[1:2], "contrast_std": network.widths[1:2]}  # fmt: skip
+    for key, wanted in shapes.items():
+        if (found := np.shape(config.get(key) or [])) != wanted:
+            raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
     deployed = _Deployed(network, config).eval()
     if images is None:
         images = torch.randint(0, 256, (256, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -110,6 +126,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
 
     """
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
+    contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
     metrics: dict[str, Any] = {"validation": None, "test": None}
     for part, split in (("validation", validation), ("test", test)):
         if not split:
@@ -118,7 +135,9 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         logits = predict(model, images, config["mean"], config["std"]).cpu()
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
-            features = predict(lambda x: model.maps(x).mean((2, 3)), images, config["mean"], config["std"]).cpu()
+            both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
+            features, contrasts = both.tensor_split([model.widths[2]], 1)
+            contrast_mean, contrast_std = contrasts.mean(0), contrasts.std(0, correction=0).clamp(1e-3)
             for label in set(split.labels.tolist()):
                 class_means[label] = features[split.labels == label].mean(0)
         metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
@@ -126,7 +145,8 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
     config = config | {
         "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,
-        "class_directions": np.round(F.normalize(class_means).double().numpy(), 6).tolist(),
+        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in (
+            ("class_directions", F.normalize(class_means)), ("contrast_mean", contrast_mean), ("contrast_std", contrast_std))},
         "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
                      for part, values in metrics.items()},
     }  # fmt: skip
@@ -154,9 +174,15 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
 
 def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
-    chosen = images[:: math.ceil(len(images) / FRAMED)]
-    photos = (framed(image, np.random.default_rng([0, index])) for index, image in enumerate(chosen))
+    photos = member_photos(images[:: math.ceil(len(images) / FRAMED)])
     return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
+
+
+def member_photos(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Image.Image]:
+    """Make a photo out of each image [N, 32, 32, 3]: in front of its own blurred colours, every second of mirrored tiles."""
+    for index, image in enumerate(images):
+        tiles = Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
+        yield framed(image, np.random.default_rng([0, index]), tiles if index % 2 else None)
 
 
 def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
@@ -187,8 +213,10 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
     chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
     members = f"""\
 Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the mean cosine
-  between the features of a photo's views and the class means, each class weighted with its probability. A photo below
-  {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made of validation images."""
+  between the features of a photo's views and the class means, each class weighted with its probability, less
+  {EXCESS_WEIGHT} times the standard deviations by which the contrasts of the second stage exceed those of validation images
+  on average. A photo below {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos
+  made of validation images."""
     if not accuracy["validation"]:
         members = 'No photo is answered with "none of these": that takes validation images.'
     results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "

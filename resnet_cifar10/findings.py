@@ -252,7 +252,7 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     if classifier:
         told["photos"] = (f"Classified by {name}, of {len(classifier.classes)} classes, trained on "
                           f"{classifier.config.get('data', 'unknown data')}. “None of these”: its likeness to the "
-                          "classes is below the model's threshold.")  # fmt: skip
+                          "classes, less a penalty for odd textures, is below the model's threshold.")  # fmt: skip
     return told
 
 

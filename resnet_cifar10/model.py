@@ -172,15 +172,17 @@ class ResNet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def maps(self, x: Tensor) -> Tensor:
-        """Map images [N, 3, 32, 32] to the maps after the last stage, [N, 64, 8, 8] at width 16."""
+    def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images [N, 3, 32, 32] to the maps after stages two and three; at width 16 [N, 32, 16, 16] and [N, 64, 8, 8]."""
         x = self.norm(self.conv(x))
-        x = self.blocks(x if self.pre else self.activation(x))
-        return self.activation(self.final_norm(x)) if self.pre else x
+        last = len(self.blocks) // 3  # blocks of the third stage
+        middle = self.blocks[:-last](x if self.pre else self.activation(x))
+        x = self.blocks[-last:](middle)
+        return middle, self.activation(self.final_norm(x)) if self.pre else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images [N, 3, 32, 32] to logits [N, classes]."""
-        return self.linear(self.maps(x).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.linear(self.maps(x)[1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
 def _choose(option: str, value: str, table: dict[str, Any]) -> Any:

@@ -36,7 +36,8 @@ from resnet_cifar10.storage import save_model
 CLASSES = ["red", "green", "blue"]
 CONFIG = {
     "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
-    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(), "data": "coloured noise",
+    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(),
+    "contrast_mean": [0.0] * 32, "contrast_std": [1.0] * 32, "data": "coloured noise",
     "accuracy": {"validation": None, "test": {"accuracy": 81.25, "n": 1600, "interval_95": [79.2, 83.1]}},
 }  # fmt: skip
 STRICT = {"SECONDS": 3, "UPLOAD_BYTES": 1_000_000, "IN_FLIGHT": 4, "FILES": 3}
