@@ -92,7 +92,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     for i, (height, text, colour) in enumerate(ends):
         wanted = min(max(axes.transLimits.transform(axes.transScale.transform((1, height)))[1], 0), 1)
         place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         axes.annotate(text, (1, wanted), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=line)
 
 
