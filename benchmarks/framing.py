@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 from resnet_cifar10.data import hold_out
 from resnet_cifar10.evaluate import predict
-from resnet_cifar10.export import EXCESS_WEIGHT, SHORT_SIDE, describe, framed
+from resnet_cifar10.export import EXCESS_WEIGHT, SHORT_SIDE, describe, framed, mirrored_tiles
 from resnet_cifar10.infer import SIZE, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import boxes, read_photo, reduced, views
@@ -81,10 +81,7 @@ def backgrounds(images: Array, rng: np.random.Generator) -> dict[str, Callable[[
     def gradient(_: Array) -> Image.Image:
         return Image.fromarray(rng.integers(0, 256, (2, 1, 3), np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
-    def mirrored(image: Array) -> Image.Image:
-        return Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
-
-    return {"own colours": lambda _: None, "gradient": gradient, "corners of others": corners, "mirrored": mirrored}
+    return {"own colours": lambda _: None, "gradient": gradient, "corners of others": corners, "mirrored": mirrored_tiles}
 
 
 def crops(picture: Image.Image, count: int, rng: np.random.Generator) -> list[Image.Image]:

@@ -181,8 +181,12 @@ def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype
 def member_photos(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Image.Image]:
     """Make a photo out of each image [N, 32, 32, 3]: in front of its own blurred colours, every second of mirrored tiles."""
     for index, image in enumerate(images):
-        tiles = Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
-        yield framed(image, np.random.default_rng([0, index]), tiles if index % 2 else None)
+        yield framed(image, np.random.default_rng([0, index]), mirrored_tiles(image) if index % 2 else None)
+
+
+def mirrored_tiles(image: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
+    """Lay a picture uint8 [32, 32, 3] and its mirror images side by side, three in a row and a column."""
+    return Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
 
 
 def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
