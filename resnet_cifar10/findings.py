@@ -127,7 +127,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others if row.name not in few]
         alike = [name for name, tested in compared if tested is None or tested[0] >= 0.05]
         who = join(alike, "or") if len(alike) < 5 else f"{len(alike)} of the others"
-        text += f" The seeds cannot tell it from {who}." if alike else ""
+        text += f" Each tested by itself, the seeds cannot tell it from {who}." if alike else ""
         text += f" Too few seeds to compare it with {join(few) if len(few) < 5 else f'{len(few)} others'}." if few else ""
     return text + last
 
@@ -212,7 +212,9 @@ def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
     seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
     said = ["One seed a setting: how far another one would end from it is not known."] if max(seeds, default=0) == 1 else []
     if max(seeds, default=0) > 1:
-        said = [f"{span(seeds)} seeds a setting: an interval that includes 0 does not show that there is no difference."]
+        said = [f"{span(seeds)} seeds a setting: an interval that includes 0 does not show that there is no difference. "
+                "The intervals are of the chance of the seeds alone, which they take as normally distributed; all settings "
+                "were measured with the same test images."]  # fmt: skip
     if len(tested) > 1:
         ranked = sorted(tested, key=tested.__getitem__)
         stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
@@ -233,9 +235,10 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
-        "curves": f"{lines}A dot is the epoch whose weights were kept; below each setting, its learning rate. All was measured "
-                  "while training, in its precision; the tables measure the kept weights again, in float32, which can differ "
-                  "by some tenths of a point.",
+        "curves": f"{lines}The number at a curve is its value in the last epoch. In the plots of single settings a dot is the "
+                  "epoch whose weights were kept; below is the learning rate. All was measured while training, in its "
+                  "precision; the tables measure the kept weights again, in float32, which can differ by some tenths of a "
+                  "point.",
         "nothing": "One setting without validation images: there is nothing to compare."
                    if any(row.done for row in rows) else "Nothing yet: no run is finished.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
@@ -248,7 +251,7 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     }  # fmt: skip
     if baseline:
         told["differences"] = (f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch); "
-                               "grey: the seeds cannot tell it from nothing; an arrow: farther than it reaches.")  # fmt: skip
+                               "grey: the interval includes 0. The axis is logarithmic beyond 2 points.")  # fmt: skip
     if classifier:
         told["photos"] = (f"Classified by {name}, of {len(classifier.classes)} classes, trained on "
                           f"{classifier.config.get('data', 'unknown data')}. “None of these”: its likeness to the "

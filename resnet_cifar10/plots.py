@@ -19,8 +19,11 @@ from .settings import slug
 INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
 # Colours apart for the colour-blind (after Okabe & Ito), dashes apart in grey print.
 LINES: list[tuple[str, Any]] = [("#0b66a8", "-"), ("#c4490c", (0, (5, 1.5))), ("#00805c", (0, (1.5, 1))),
-                                ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", "-"), ("#3f4752", (0, (3, 1)))]  # fmt: skip
+                                ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", (0, (4, 1, 1, 1, 1, 1))),
+                                ("#3f4752", (0, (9, 2)))]  # fmt: skip
 SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", **{line[0]: f"line{i}" for i, line in enumerate(LINES)}}
+
+TICKS = (-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)  # points
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,17 @@ def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) 
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write (height, text, colour) at the right of the axes, moved apart where they would overlap."""
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, tuple[str, Any]]]) -> None:
+    """Write (height, text, line) at the right of the axes, moved apart where they would overlap."""
     axes.get_ylim()  # settles the limits
     step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
-    ends = sorted(end for end in ends if math.isfinite(end[0]))
-    for i, (height, text, colour) in enumerate(ends):
+    ends = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[:2])
+    for i, (height, text, (colour, dashes)) in enumerate(ends):
         wanted = min(max(axes.transLimits.transform(axes.transScale.transform((1, height)))[1], 0), 1)
         place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(text, (1, wanted), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=line)
+        line = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(text, (1, wanted), (1.12, place), xycoords="axes fraction", color=colour, va="center", arrowprops=line)
 
 
 def shortened(name: str) -> str:
@@ -105,6 +108,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
     """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged."""
     title = "the top, enlarged" if enlarged else "the whole range"
     highest = [float(row.curves("validation_accuracy").mean(0).max()) for row in rows]
+    top = max(float(row.curves("validation_accuracy").max()) for row in rows)
 
     def paint(figure: Any) -> None:
         axes, ends = figure.subplots(), []
@@ -112,11 +116,11 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             curves, line = row.curves("validation_accuracy"), line_of(row.number)
             plot_curves(axes, curves, line)
             end, name = float(curves.mean(0)[-1]), shortened(row.name)
-            ends.append((end, f"{name} {end:.1f}" + ("" if row.done else " (unfinished)"), line[0]))
+            ends.append((end, f"{name} {end:.1f}" + ("" if row.done else " (unfinished)"), line))
         if enlarged:
             bottom = min(highest) - 3
             first = min(int((row.curves("validation_accuracy").mean(0) >= bottom).argmax()) for row in rows)
-            axes.set(xlim=(max(0, first - 1), None), ylim=(bottom, max(highest) + 0.7))
+            axes.set(xlim=(max(0, first - 1), None), ylim=(bottom, top + 0.5))
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
@@ -139,7 +143,7 @@ def plot_one(row: Row) -> Picture:
             epoch = run.result["best_epoch"]
             axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
         axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0] - 3), 101))
-        label_ends(axes, [(train.mean(0)[-1], "training", MUTED), (validation.mean(0)[-1], "validation", colour)])
+        label_ends(axes, [(train.mean(0)[-1], "training", (MUTED, "-")), (validation.mean(0)[-1], "validation", (colour, "-"))])
         plot_curves(below, lr[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
 
@@ -150,20 +154,22 @@ def plot_one(row: Row) -> Picture:
 def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
     """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals.
 
-    Losses far beyond most others are marked at the edge, so that those can be seen.
+    The axis is linear within two points of zero and logarithmic beyond, so that small and large differences can be read.
     """
-    far = -3 * float(np.quantile([abs(difference) for _, difference, *_ in rows], 0.75))
-    edge = min(low for _, difference, low, _ in rows if difference >= far)
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
+        axes.set_xscale("symlog", linthresh=2)
         for i, (_, difference, low, high) in enumerate(rows):
             colour = LINES[0][0] if low > 0 or high < 0 else MUTED
-            axes.plot([max(low, edge), max(high, edge)], [i, i], color=colour)
-            axes.plot(max(difference, edge), i, "<" if difference < far else "o", color=colour, markeredgecolor=PAPER)
+            axes.plot([low, high], [i, i], color=colour)
+            axes.plot(difference, i, "o", color=colour, markersize=4)
             figures = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
             axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)
+        left, right = axes.get_xlim()
+        axes.set_xticks([tick for tick in TICKS if left < tick < right])
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_yticks(range(len(rows)), [row.name for row, *_ in rows])
         axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(rows) - 0.3))
 
@@ -194,7 +200,7 @@ def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
-        label_ends(axes, [(float(sizes[-1]), name, colour) for sizes, name, (colour, _) in lines])
+        label_ends(axes, [(float(sizes[-1]), name, line) for sizes, name, line in lines])
 
     told = join([f"{sizes[-1]:.3g} ({name})" for sizes, name, _ in lines])
     alt = f"Signals in the untrained networks, {title}; in the {'first' if back else 'last'} block: {told}"

@@ -49,8 +49,10 @@ def best_section(best: Row) -> dict[str, Any] | None:
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
-    text = (f"Confidence and accuracy are {m['calibration_error']:.1f} points apart on average (expected calibration error) "
-            f"and the log-loss is {m['negative_log_likelihood']:.3f}")
+    text = (
+        f"Confidence and accuracy are {m['calibration_error']:.1f} points apart on average (expected calibration error) "
+        f"and the log-loss is {m['negative_log_likelihood']:.3f}"
+    )
     text += (f"; dividing the logits by the temperature {m['temperature']:.2f}, found on validation images, brings that to "
              f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
              if run.result["validation"] else ".")  # fmt: skip

@@ -389,7 +389,6 @@ def test_a_class_whose_name_cannot_be_written_down_is_refused(class_folders, nam
     assert "allowed: a class name of printable characters" in sentence(class_folders)
 
 
-
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_other_classes_than_in_train_are_named(class_folders, part):
     (class_folders / part / "red").rename(class_folders / part / "rouge")
