@@ -28,7 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from resnet_cifar10 import storage
+from resnet_cifar10 import files
 from resnet_cifar10.data import Split
 from resnet_cifar10.machine import environment, has_compiler, pick_device
 from resnet_cifar10.settings import Setting, slug
@@ -253,8 +253,8 @@ def main() -> None:
 
     result = {"title": title, "quick": args.quick, "machine": machine, "rows": rows, "not_measured": missing, "notes": notes}
     file = args.out / f"{date.today()}-{slug(machine['processor'])}"
-    storage.write_json(file.with_suffix(".json"), result)
-    storage.write(file.with_suffix(".md"), show(result))
+    files.write_json(file.with_suffix(".json"), result)
+    files.write(file.with_suffix(".md"), show(result))
     draw(rows, title, file.with_suffix(".png"))
     print(f"written: {file}.json, .md and .png")
 

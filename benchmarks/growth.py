@@ -14,7 +14,7 @@ import torch
 from bench import synthetic
 from contenders import train
 
-from resnet_cifar10 import storage
+from resnet_cifar10 import files
 from resnet_cifar10.machine import computes_in_bfloat16, environment
 from resnet_cifar10.settings import slug
 
@@ -62,7 +62,7 @@ def main() -> None:
     file = out / f"{date.today()}-{slug(machine['processor'])}-growth"
     rows = [{"grows": panel, "depth": depth, "batch_size": size, "images": images, "seconds": found, "median": median(found)}
             for (panel, depth, size, images), found in seconds.items()]  # fmt: skip
-    storage.write_json(file.with_suffix(".json"), {"title": title, "machine": machine, "rows": rows})
+    files.write_json(file.with_suffix(".json"), {"title": title, "machine": machine, "rows": rows})
     figure.savefig(file.with_suffix(".png"), dpi=120)
     print(f"written: {file}.json and .png")
 

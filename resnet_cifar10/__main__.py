@@ -1,5 +1,15 @@
-"""`python -m resnet_cifar10`."""
+"""`resnet-cifar10` and `python -m resnet_cifar10`."""
 
-from .cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command line; until that is imported, Ctrl-C just ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

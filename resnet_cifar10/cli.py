@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from .errors import Interrupted, JobFailed
+from .files import check_writable, write
 from .names import printable
+from .progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,8 +41,12 @@ def train(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
     setting: Annotated[list[str] | None, typer.Option(help="Only this setting; repeatable.", metavar="NAME")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="This seed instead of the file's; repeatable.", metavar="N")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Instead of the file's; schedules scale with them.", metavar="N")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=2**32 - 1, help="This seed instead of the file's; repeatable.", metavar="N")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the file's; schedules scale with them.", metavar="N")
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
@@ -88,8 +95,8 @@ def evaluate(
     print(f"accuracy           {metrics['accuracy']:.2f} %  (95 % interval {low:.2f} to {high:.2f})")
     print(f"top-2 accuracy     {metrics['top2_accuracy']:.2f} %")
     scaled = f"at temperature {metrics['temperature']:.2f}"
-    for key, name in (("negative_log_likelihood", "log-loss (nats)"), ("calibration_error", "calibration error")):
-        print(f"{name:<18} {metrics[key]:.3f}, {scaled} {metrics[key + '_scaled']:.3f}")
+    for key, name in (("negative_log_likelihood", "log-loss (nats)"), ("calibration_error", "calibration error %")):
+        print(f"{name:<19} {metrics[key]:.3f}, {scaled} {metrics[key + '_scaled']:.3f}")
     print(f"{'class':<18} {'precision':>9} {'recall':>9} {'images':>7}")
     for name, row in metrics["per_class"].items():
         print(f"{name:<18} {row['precision']:>7.2f} % {row['recall']:>7.2f} % {row['n']:>7,}")
@@ -110,12 +117,14 @@ def infer(
     for option, file in (("--figure", figure), ("--explain", explain)):
         if file and file.suffix.lower() != ".png":
             raise ValueError(f"{option}: found {printable(str(file))}; allowed: a file name that ends in .png")
+        if file:
+            check_writable(file.parent)
     names = _photos(photo)
     if explain and len(names) > 1:
         raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")
     classifier = Classifier(model)
     answers, pictures = [], []
-    for name in names:
+    for name in progress(names, "photos") if as_json else names:  # else each photo's line tells it
         try:
             image = read_photo(_standard_input() if name == "-" else Path(name))
         except ValueError as error:  # the other photos still count
@@ -124,7 +133,7 @@ def infer(
         prediction = classifier.classify(views(image))
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(f"{printable(name)}: {prediction}")
+            print(f"{printable(name)}: {prediction}", flush=True)
         if figure or explain:
             from .explain import activation, heat_map
 
@@ -153,9 +162,9 @@ def _photos(arguments: list[str]) -> list[str]:
     for argument in arguments:
         path, inside = Path(argument), [argument]
         try:
-            if path.is_dir():
+            if path.is_dir():  # a broken link is told, a pipe would be waited for
                 inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
-                                and file.name[0] != "." and not os.path.isdir(file))  # fmt: skip
+                                and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from None
         if not inside:
@@ -165,10 +174,9 @@ def _photos(arguments: list[str]) -> list[str]:
 
 
 def _save(picture: Image.Image, file: Path) -> None:
-    try:
-        picture.save(file, "PNG")
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be written: {error.strerror}") from None
+    content = BytesIO()
+    picture.save(content, "PNG")
+    write(file, content.getvalue())
 
 
 @app.command()
@@ -254,20 +262,31 @@ def _fail(message: object, status: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line: 0 done, 1 the job failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
+    if "" in sys.argv:
+        _fail("found an empty argument, perhaps a variable that is not set; allowed: a value", 2)
     after = [*sys.argv[1:], "-"]  # the ADDRESS of --ray may be left out, which typer does not know
     sys.argv = ["--ray=local" if (a, b[:1]) == ("--ray", "-") else a for a, b in zip(sys.argv, after, strict=True)]
     try:
         status: Any = app(standalone_mode=False)
-        if status == 130:  # what typer makes of Ctrl-C
-            _fail("stopped", 130)
     except typer.TyperException as error:
         _fail(error.format_message().replace("Value error, ", ""), 2)  # a word of pydantic's, by which typer checks
-    except ValueError as error:
-        _fail(error, 2)
-    except (OSError, JobFailed) as error:
-        _fail(error, 1)
+    except (ValueError, OSError, JobFailed) as error:
+        _fail(*(("stopped", 130) if interrupted else (error, 2 if isinstance(error, ValueError) else 1)))
     except Interrupted as error:
         _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
+    except BaseException:
+        if not interrupted:
+            raise
+        _fail("stopped", 130)  # libraries that Ctrl-C meets as they are imported raise all sorts of things
+    if status == 130:  # what typer makes of Ctrl-C
+        _fail("stopped", 130)
     sys.exit(status if isinstance(status, int) else 0)

@@ -23,10 +23,10 @@ from rich.live import Live
 from rich.table import Table
 
 from .errors import Interrupted, JobFailed
+from .files import read_json
 from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
-from .storage import read_json
 from .study import Task, claim, duration, pace, run, run_folders, stop_signals
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch

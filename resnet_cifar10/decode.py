@@ -15,7 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from .infer import SIZE
-from .photo import read_photo, square
+from .photo import read_photo, square, upright_rgb
 
 CHUNK = 2_500  # images that a process takes at once; fewer are not worth starting one
 MAX_IMAGE_PIXELS = 1 << 16  # of one image in a parquet file
@@ -71,6 +71,6 @@ def _small(content: bytes, name: str) -> Image.Image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels")
             image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
         raise ValueError(f"{name} does not decode: {error}") from None

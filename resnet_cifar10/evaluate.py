@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from .data import normalise
+from .progress import progress
 
 Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logits [N, classes]
 ECE_BINS = 15  # Guo et al. 2017, section 2
@@ -21,19 +20,23 @@ ECE_BINS = 15  # Guo et al. 2017, section 2
 @torch.inference_mode()
 def predict(model: Forward, images: Tensor, mean: list[float], std: list[float],
             batch_size: int = 250, title: str = "") -> Tensor:  # fmt: skip
-    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; a title shows a bar."""
-    logits, console = [], Console(stderr=True)
-    parts = torch.split(images, batch_size)
-    for batch in track(parts, title, console=console, transient=True, disable=not (title and console.is_terminal)):
+    """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], on the images' device; a title shows progress."""
+    logits, parts = [], torch.split(images, batch_size)
+    for batch in progress(parts, title) if title else parts:
         x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
         logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())
     return torch.cat(logits)
 
 
-def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
-    """Percent of images whose label is among the `top` highest logits."""
-    return 100 * float((logits.topk(top).indices == labels[:, None]).any(1).double().mean())
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of images whose label has the highest logit; of equal ones the first counts."""
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def top2_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Percent of images whose label is among the two highest logits."""
+    return 100 * float((logits.topk(2).indices == labels[:, None]).any(1).double().mean())
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
         "accuracy": percent,
         "n": len(labels),
         "interval_95": wilson_interval(percent, len(labels)),
-        "top2_accuracy": accuracy(logits, labels, top=2),
+        "top2_accuracy": top2_accuracy(logits, labels),
         "negative_log_likelihood": negative_log_likelihood(logits, labels),
         "calibration_error": calibration_error(logits, labels),
         "temperature": temperature,

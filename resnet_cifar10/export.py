@@ -18,11 +18,13 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 from .data import Split, normalise
+from .errors import JobFailed
 from .evaluate import evaluate, fit_temperature, predict
+from .files import check_writable, write, write_json
 from .infer import SIZE, Classifier, onnx_runtime, seal
 from .model import ResNet
 from .photo import views
-from .storage import load_model, save_model, write, write_json
+from .storage import load_model, save_model
 
 OPSET = 20
 REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
@@ -81,6 +83,7 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     """
     import onnx
 
+    check_writable(out.parent)
     network, config = load_model(model)
     shapes = {"class_directions": (len(config["classes"]), network.widths[2]),
               "contrast_mean": network.widths[1:2], "contrast_std": network.widths[1:2]}  # fmt: skip
@@ -133,6 +136,9 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
             continue
         images = split.images.to(device)
         logits = predict(model, images, config["mean"], config["std"]).cpu()
+        if not logits.isfinite().all():  # the last step can spoil the weights after its own loss was computed
+            raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
+                            "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
         if part == "validation":
             temperature = fit_temperature(logits, split.labels)
             both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()

@@ -125,7 +125,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         others = [row for row in rows if row is not best and row.accuracies("test")]
         few = [row.name for row in others if min(len(row.accuracies("test")), len(tests)) < 2]
         compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others if row.name not in few]
-        alike = [name for name, tested in compared if tested is None or tested[0] >= 0.05]
+        alike = [name for name, tested in compared if tested and tested[0] >= 0.05]
         who = join(alike, "or") if len(alike) < 5 else f"{len(alike)} of the others"
         text += f" Each tested by itself, the seeds cannot tell it from {who}." if alike else ""
         text += f" Too few seeds to compare it with {join(few) if len(few) < 5 else f'{len(few)} others'}." if few else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
+from .files import read_json
 from .settings import validated
 
 BUILT_IN = Path(__file__).parent / "models"
@@ -51,10 +51,13 @@ def model_folder(model: str | Path) -> Path:
     for folder in (path, path / "model", BUILT_IN / path):
         if (folder / "config.json").is_file():
             return folder
+    if (path / "model.onnx").is_file() or (path / "model.safetensors").is_file():
+        raise ValueError(f"{path / 'config.json'}: missing")
     if (path / "result.json").is_file():
         raise ValueError(f"{path}: a finished run whose folder 'model' is not here; allowed: one that has it")
     names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir()))
-    raise ValueError(f"{model}: no such model; allowed: a model folder, a finished run folder, or built-in: {names}")
+    raise ValueError(f"{model}: no such model; allowed: a model folder, a finished run folder "
+                     f"(OUT/<setting>/seed-<n>), or built-in: {names}")  # fmt: skip
 
 
 class _Config(BaseModel, strict=True):  # what is needed of config.json; the rest is for readers
@@ -64,6 +67,8 @@ class _Config(BaseModel, strict=True):  # what is needed of config.json; the res
     std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
     temperature: float = Field(gt=0)
     rejection_threshold: float
+    data: str = "unknown data"
+    setting: dict[str, Any] = {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -73,12 +78,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: Naming the file and the key that is missing or wrong.
 
     """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a model configuration: {error}") from None
-    return config | validated(_Config, config, str(file)).model_dump()  # type: ignore[no-any-return]
+    config = read_json(folder / "config.json")
+    return config | validated(_Config, config, str(folder / "config.json")).model_dump()
 
 
 def onnx_runtime() -> Any:
@@ -120,7 +121,7 @@ class Classifier:
                 raise ValueError("damaged: its SHA-256 does not match")
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             blank = np.zeros((1, SIZE, SIZE, 3), np.uint8)
-            shape = self.session.run(["probabilities", "membership"], {"images": blank})[0].shape
+            shape = self.session.run(["probabilities", "membership", "activation_map"], {"images": blank})[0].shape
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise ValueError(f"{file}: not an ONNX model: {' '.join(str(error).split())[:120]}") from None
         if shape != (1, len(self.classes)):

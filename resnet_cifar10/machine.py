@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed as dist
 
@@ -62,7 +63,8 @@ def environment(device: str) -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if ours else ""
     return {
         "git_commit": commit or "unknown", "code_sha256": code, "python": platform.python_version(),
-        "torch": torch.__version__, "system": platform.system(), "processor": models[0] if models else platform.processor(),
+        "torch": torch.__version__, "numpy": np.__version__, "system": platform.system(),
+        "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,

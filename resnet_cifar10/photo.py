@@ -36,7 +36,7 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
                     raise ValueError("more scans than any camera writes")
                 image.draft("RGB", (16 * SIZE, 16 * SIZE))  # JPEG: decode at a fraction of the size where that is enough
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
@@ -52,7 +52,14 @@ def _scans(jpeg: Path | io.BytesIO) -> int:
     return (jpeg.read_bytes() if isinstance(jpeg, Path) else jpeg.getvalue()).count(b"\xff\xda")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn a loaded picture as its EXIF data say, and bring it to RGB of 8 bits.
+
+    Raises:
+        ValueError: If it has values of 32 bits, whose scale is unknown.
+
+    """
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError("a grey picture of 32 bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):

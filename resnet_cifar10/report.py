@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .files import check_writable, write
 from .findings import COLUMNS, answer, cells, findings, gains, limits, meaning, merged, notes, provenance
 from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
 from .plots import INK, Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
 from .results import Row, Run, baseline_of, best_of, join, networks, read_rows
-from .storage import write
 
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
            "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
@@ -127,8 +127,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         from markupsafe import Markup
     except ImportError as error:
         raise ValueError(f"the report needs {error.name}: pip install 'resnet-cifar10[report]'") from None
-    if any(path.exists() and not path.is_dir() for path in (out, out / "plots", *out.parents)):
-        raise ValueError(f"{out}: is a file, or lies in one; allowed: a folder")
+    check_writable(out / "plots")
     rows = read_rows(folders)
     try:
         text_of_words = words.read_text() if words else ""
@@ -190,21 +189,22 @@ def check_archive(out_zip: Path) -> None:
     """Make sure that a file can be the archive, before a report is written for it."""
     if out_zip.suffix.lower() != ".zip" or out_zip.is_dir():
         raise ValueError(f"{out_zip}: allowed: a file name that ends in .zip")
+    check_writable(out_zip.parent)
 
 
 def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     """Pack the sources and the report into one archive for handing in; equal files give equal bytes.
 
     Raises:
-        ValueError: If there is no report or no source checkout, or `out_zip` is no name of a zip file.
+        ValueError: If there is no report or no source checkout.
 
     """
     for needed in (report_folder / "report.html", package_root / "pyproject.toml"):
         if not needed.is_file():
             raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
-    check_archive(out_zip)
     pictures = re.findall(r"\]\((plots/[^)]+)\)", (report_folder / "report.md").read_text())  # not those of earlier reports
-    files = {Path("report") / name: report_folder / name for name in ("report.html", "report.md", *pictures)}
+    files = {Path("report") / name: report_folder / name for name in ("report.html", "report.md", *pictures)
+             if (report_folder / name).is_file()}  # fmt: skip
     for source in (package_root / name for name in SOURCES):
         for file in (source, *source.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:

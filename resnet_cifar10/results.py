@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, StrictInt
 
+from .files import read_json
 from .run_folder import read_metrics
 from .settings import Setting, validated
-from .storage import read_json
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,27 @@ class Row:
         return np.stack([column[: min(map(len, columns))] for column in columns])
 
 
+class _Measured(BaseModel):  # what is needed of a split; the rest is for readers
+    accuracy: float
+    n: int
+    interval_95: tuple[float, float]
+    calibration_error: float
+    calibration_error_scaled: float
+    negative_log_likelihood: float
+    negative_log_likelihood_scaled: float
+    temperature: float
+    per_class: dict[str, dict[str, float]]
+    confusion: list[list[int]]
+
+
+class _Result(BaseModel):
+    best_epoch: StrictInt
+    parameters: int
+    train_minutes: float
+    validation: _Measured | None
+    test: _Measured | None
+
+
 def read_run(folder: Path) -> Run:
     """Read a run folder, finished or not.
 
@@ -84,7 +106,8 @@ def read_run(folder: Path) -> Run:
     setting = validated(Setting, claim["setting"], f"{folder / 'setting.json'}: damaged")
     result: dict[str, Any] = {}
     if (folder / "result.json").exists():
-        result = read_json(folder / "result.json", ("best_epoch", "parameters", "train_minutes", "validation", "test"))
+        result = read_json(folder / "result.json")
+        validated(_Result, result, f"{folder / 'result.json'}: damaged")
     metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
     if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")

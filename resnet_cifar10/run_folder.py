@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .storage import read_json, read_tensors, write, write_json, write_tensors
+from .files import check_writable, read_json, write, write_json
+from .storage import read_tensors, write_tensors
 from .train import Checkpoint
 
 ROOM = 16  # times the weights: three checkpoints of up to four (weights, best, two of Adam), and the files of the model
@@ -53,11 +54,8 @@ def check_room(folder: Path, parameters: int) -> None:
         ValueError: Naming the folder, what was found and what is needed.
 
     """
+    check_writable(folder)
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there}: is a file; --out needs a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{there}: cannot be written; --out needs a folder that can")
     free, needed = shutil.disk_usage(there).free, ROOM * 4 * parameters
     if free < needed:
         raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")

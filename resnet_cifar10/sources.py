@@ -73,6 +73,14 @@ def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str
     return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), classes, source)
 
 
+def _class_names(names: Any, where: str) -> tuple[str, ...]:
+    """Make sure that what a file says are the names of classes is that."""
+    texts = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    if not texts or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{where}: found {one_line(names)}; allowed: two or more different names of printable characters")
+    return tuple(names)
+
+
 # --- the official archive and its folder: pickled batches, read by an unpickler that knows four harmless names ---
 
 
@@ -126,11 +134,10 @@ def _unpickle(content: bytes, where: str) -> dict[str, Any]:
 
 
 def _from_pickles(members: dict[str, bytes], where: Path, split: str) -> Split | None:
-    names: Any = list(CIFAR10_CLASSES)
+    names: tuple[str, ...] = CIFAR10_CLASSES
     if "batches.meta" in members:
-        names = _unpickle(members["batches.meta"], f"{where}: batches.meta").get("label_names")
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}: batches.meta: 'label_names' is not a list of class names")
+        meta = _unpickle(members["batches.meta"], f"{where}: batches.meta")
+        names = _class_names(meta.get("label_names"), f"{where}: batches.meta: key 'label_names'")
     images, labels = [], []
     for name in (name for name in BATCHES[split] if name in members):
         batch = _unpickle(members[name], f"{where}: {name}")
@@ -142,7 +149,7 @@ def _from_pickles(members: dict[str, bytes], where: Path, split: str) -> Split |
             raise ValueError(f"{where}: {name}: allowed: 'data' uint8 [N, 3072] and a list of N 'labels'") from None
         images.append(pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))  # stored channel by channel
         labels += batch_labels
-    return _checked(np.concatenate(images), labels, tuple(names), "CIFAR-10", where) if images else None
+    return _checked(np.concatenate(images), labels, names, "CIFAR-10", where) if images else None
 
 
 def _from_folder(folder: Path, split: str) -> Split | None:
@@ -186,14 +193,26 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     blobs: list[bytes | None] = []
     labels: list[int] = []
     total = 0
-    names = CIFAR10_CLASSES
-    names_of = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
-    files = sorted(file for file in folder.rglob("*.parquet") if file.name.replace(".", "-").split("-")[0] in names_of[split])
+    parts = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+    part_of = {file: parts.get(file.name.replace(".", "-").split("-")[0]) for file in sorted(folder.rglob("*.parquet"))}
+    files = [file for file, part in part_of.items() if part == split]
+    if not files:
+        return None
+    named: dict[tuple[str, ...], Path] = {}
+    for file in (file for file, part in part_of.items() if part):  # of all splits: a label means the same in each
+        try:
+            features = json.loads((pq.read_schema(file).metadata or {})[b"huggingface"])["info"]["features"]
+            named.setdefault(_class_names(features["label"]["names"], "'names'"), file)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file}: not a parquet file with class names, as Hugging Face writes them: "
+                             f"{one_line(error)}") from None  # fmt: skip
+    if len(named) > 1:
+        first, other, *_ = named.values()
+        raise ValueError(f"{other}: its class names are not those of {first}")
     for file in files:
         try:
             table = pq.ParquetFile(file)
-            schema = table.schema_arrow
-            image_column = "img" if "img" in schema.names else "image"
+            image_column = "img" if "img" in table.schema_arrow.names else "image"
             if table.metadata.num_rows > MAX_ROWS:
                 raise ValueError(f"found {table.metadata.num_rows:,} rows; allowed: at most {MAX_ROWS:,}")
             for part in table.iter_batches(64, columns=[image_column, "label"]):  # all rows can name one large image
@@ -202,14 +221,9 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
                 if total > MAX_PARQUET_BYTES:
                     raise ValueError(f"found more than {MAX_PARQUET_BYTES:,} bytes of images")
                 labels += part.column("label").to_pylist()
-            features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-            names = tuple(features.get("label", {}).get("names") or names)
-            if len(names) < 2 or not all(isinstance(name, str) for name in names):
-                raise ValueError("its class names are not two or more texts")
         except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {one_line(error)}") from None
-    if not files:
-        return None
+    (names,) = named
     images = decode([blob or b"" for blob in blobs], f"{folder}: split '{split}'", processes)
     qualities = {_jpeg_quality(blob) for blob in blobs[:: len(blobs) // 100 + 1] if blob} - {0}
     what = "CIFAR-10" if names == CIFAR10_CLASSES else folder.resolve().name
@@ -237,10 +251,7 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
     if split not in parts:
         return None
     first, classes = next(iter(parts.items()))
-    if len(classes) < 2:
-        raise ValueError(f"{path / first}: found {len(classes)} class folders; allowed: two or more")
-    if odd := [name for name in classes if not name.isprintable()]:
-        raise ValueError(f"{path / first}: found {one_line(odd[0])!r}; allowed: a class name of printable characters, in UTF-8")
+    _class_names(classes, f"{path / first}: its folders")
     if parts[split] != classes:
         differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
         raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")

@@ -1,12 +1,11 @@
-"""Files and model folders: written atomically, checked when read, no pickle anywhere."""
+"""Tensors and model folders: checked when read, no pickle anywhere."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .files import write, write_json
 from .infer import model_folder, read_config
 from .model import ResNet
+from .settings import one_line
 
 Tensors = dict[str, Tensor]
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a whole file or leave the old one: temporary file in the same folder, fsync, rename, fsync of the folder.
-
-    Raises:
-        OSError: Naming the file and the reason.
-
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # it is there only where something went wrong
-            temporary.unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain values as readable JSON; NaN is refused."""
-    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a JSON object that has these keys.
-
-    Raises:
-        ValueError: Naming the file and the reason.
-
-    """
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: damaged: not a JSON object")
-    if missing := [key for key in keys if key not in value]:
-        raise ValueError(f"{path}: damaged: key '{missing[0]}' is missing")
-    return value
 
 
 def write_tensors(path: Path, tensors: Tensors, state: dict[str, Any]) -> None:
@@ -138,13 +89,19 @@ def load_model(model: str | Path) -> tuple[ResNet, dict[str, Any]]:
     folder = model_folder(model)
     config = read_config(folder)
     tensors, _ = read_tensors(folder / "model.safetensors")
-    classes = config["architecture"].get("classes", 10)
-    if classes != len(config["classes"]):
-        raise ValueError(f"{folder / 'config.json'}: {len(config['classes'])} classes, but the network gives {classes}")
+    arguments = inspect.signature(ResNet).parameters  # older models lack some
+    config["architecture"] = {key: value.default for key, value in arguments.items()} | config["architecture"]
+    where = f"{folder / 'config.json'}: key 'architecture'"
+    if unknown := config["architecture"].keys() - arguments.keys():
+        raise ValueError(f"{where}: found {min(unknown)!r}; allowed: {', '.join(arguments)}")
+    if (classes := config["architecture"]["classes"]) != len(config["classes"]):
+        raise ValueError(f"{where}: found {classes!r} classes; allowed: the {len(config['classes'])} of key 'classes'")
     try:
         network = ResNet(**config["architecture"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: key 'architecture': {error}") from None
+    except TypeError:
+        raise ValueError(f"{where}: found a value of a type that no ResNet takes") from None
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: {one_line(error)}") from None
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     check_tensors(folder / "model.safetensors", wanted, tensors)
     network.load_state_dict(tensors)

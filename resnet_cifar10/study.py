@@ -7,10 +7,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median_low
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,15 +22,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from .data import Split, hold_out, mean_and_std
 from .errors import Interrupted, JobFailed
-from .evaluate import Forward, evaluate, predict
+from .evaluate import evaluate, predict
 from .export import finish
+from .files import read_json, write_json
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
 from .run_folder import check_room, locked, resume, save, save_best
 from .settings import Setting, validated
 from .signals import signals
 from .sources import load
-from .storage import Tensors, load_model, read_json, sha256, write_json
+from .storage import Tensors, load_model, sha256
 from .train import Learner, Trained, train
 
 Reader = Callable[[str], Split | None]
@@ -74,18 +75,8 @@ def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
     return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
 
 
-@dataclass(frozen=True)
-class Framework:
-    """All that depends on the framework."""
-
-    resolve: Callable[[Setting, str], tuple[str, bool]]  # setting and device to precision and whether to compile
-    learner: Any  # train.Learner, or what does the same
-    forward: Callable[[ResNet, dict[str, Any]], Forward]  # network and its arguments to what computes its logits
-    versions: dict[str, str]  # of what it needs besides PyTorch
-
-
-def choose(framework: str) -> Framework:
-    """Choose by name, "pytorch" or "tensorflow".
+def choose(framework: str) -> Any:
+    """Choose by name, "pytorch" or "tensorflow", all that depends on the framework: resolve, Learner, forward, VERSIONS.
 
     Raises:
         ValueError: If it is not installed.
@@ -94,8 +85,8 @@ def choose(framework: str) -> Framework:
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
 
-        return Framework(twin.resolve, twin.Learner, twin.forward, twin.VERSIONS)
-    return Framework(_resolve, Learner, lambda network, _: network, {})
+        return twin
+    return SimpleNamespace(resolve=_resolve, Learner=Learner, forward=lambda network, _: network, VERSIONS={})
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
@@ -124,7 +115,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     training, validation = split_data(setting, seed, read)
     start = _first_weights(setting, seed, training, read) if setting.start_from else None
     teacher = _teacher(setting, seed, training, read) if setting.teacher else None
-    facts = environment(device) | chosen.versions | {
+    facts = environment(device) | chosen.VERSIONS | {
         "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
         "training_images": len(training), "validation_images": len(validation),
         **({"teacher_sha256": sha256(teacher[0].state_dict(), {})} if teacher else {}),
@@ -143,14 +134,14 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
           f"{', compiled (the first time takes a minute)' if compiled else ''}"
           f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip
 
-    with stop_signals() as received, _progress(rank) as show:
+    with stop_signals() as received, _progress() as show:
 
         def after_step(epoch: int, step: int, steps: int) -> None:
             show(epoch, step, steps)
             if received:
                 raise Interrupted(received[0])
 
-        how = (device, precision, compiled, start, teacher, checkpoint, after_step, chosen.learner)
+        how = (device, precision, compiled, start, teacher, checkpoint, after_step, chosen.Learner)
         for row, checkpoint in train(setting, seed, training, validation, *how):
             rows.append(row)
             if rank == 0:
@@ -197,10 +188,10 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _progress(rank: int) -> Iterator[Callable[[int, int, int], None]]:
+def _progress() -> Iterator[Callable[[int, int, int], None]]:
     """Show how far an epoch is; in a pipe the lines of the epochs tell it."""
     console = Console()
-    with Progress(console=console, transient=True, disable=rank > 0 or not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def show(epoch: int, step: int, steps: int) -> None:
@@ -238,7 +229,7 @@ def pace(rows: list[dict[str, Any]]) -> float:
 def duration(seconds: float) -> str:
     """Say how long something takes."""
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min"
+    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]:
@@ -262,18 +253,25 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     if setting.batch_size > len(training):
         raise ValueError(f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}; "
                          f"allowed: at most the {len(training)} training images")  # fmt: skip
+    last_batch = len(training) % setting.batch_size or setting.batch_size
+    if dist.is_initialized() and last_batch < dist.get_world_size():
+        raise ValueError(f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}, with a last batch of "
+                         f"{last_batch}; allowed: an image there for each of {dist.get_world_size()} processes")  # fmt: skip
     return training, validation
 
 
 def _other_model(key: str, setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
     """Load the model that this key of the setting names, if it has not learned from images that are to validate this run."""
-    name = getattr(setting, key)
-    network, config = load_model(name)
-    source, before = str(config.get("data")), config.get("setting", {}).get("validation_size", 0)
+    name, where = getattr(setting, key), f"setting '{setting.name}': key '{key}'"
+    try:
+        network, config = load_model(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    source, before = config["data"], config["setting"].get("validation_size", 0)
     held_out = (source, config.get("seed")) == (training.source, seed) and before >= setting.validation_size
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
     if setting.validation_size and not read("val") and same_pictures and not held_out:
-        raise ValueError(f"key '{key}': {name} was trained on {source} with seed {config.get('seed')} and validation_size "
+        raise ValueError(f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
                          f"{before}; allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} "
                          "or more, or it has learned from images that are to validate it")  # fmt: skip
     return network, config
@@ -283,16 +281,17 @@ def _first_weights(setting: Setting, seed: int, training: Split, read: Reader) -
     """Take the weights of another model; its last layer only where the classes are the same."""
     trained, config = _other_model("start_from", setting, seed, training, read)
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
-    there = {"width": 16} | config["architecture"]  # older models do not say it
-    if wrong := [key for key in wanted if wanted[key] != there.get(key) and key != "weight_init"]:
-        raise ValueError(f"key 'start_from': {setting.start_from} is another network; it differs in '{wrong[0]}'")
+    there = config["architecture"]
+    if wrong := [key for key in wanted if wanted[key] != there[key] and key != "weight_init"]:
+        raise ValueError(f"setting '{setting.name}': key 'start_from': {setting.start_from} has the {wrong[0]} "
+                         f"{there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says")  # fmt: skip
     return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
 
 
 def _teacher(setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
     """Load the teacher, which must tell the same classes."""
     network, config = _other_model("teacher", setting, seed, training, read)
-    _check_classes(f"key 'teacher': {setting.teacher}", config, training)
+    _check_classes(f"setting '{setting.name}': key 'teacher': {setting.teacher}", config, training)
     return network, config
 
 
@@ -344,24 +343,19 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
               for number, (setting, seed, folder) in enumerate(runs)]  # fmt: skip
     for folder, content in claims:
         if not (folder / "setting.json").exists():
-            with locked(folder):  # another process may be about to claim it too
-                write_json(folder / "setting.json", content)
+            with locked(folder):
+                if not (folder / "setting.json").exists():
+                    write_json(folder / "setting.json", content)
+        _check_claim(folder, content)  # another process may have been quicker
 
 
 def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: Sequence[Path]) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-    row = setting.model_dump(exclude={"seeds"})
-    claim: dict[str, Any] = {"setting": row, "seed": seed, "framework": framework, **digests}
+    claim = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
-        found = read_json(folder / "setting.json", ["setting"])
-        then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
-        before, now = then.model_dump(exclude={"seeds"}) | found, row | claim
-        if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
-                      else f"{key} was {before.get(key)!r}, is {now[key]!r}"
-                      for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
-            raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
+        _check_claim(folder, claim)
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
@@ -370,6 +364,17 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
             if name and not {Path(name).resolve(), Path(name).resolve().parent} & {*earlier}:
                 check(setting, seed, training, read)
     return claim
+
+
+def _check_claim(folder: Path, claim: dict[str, Any]) -> None:
+    """Make sure that the folder holds this very run."""
+    found = read_json(folder / "setting.json", ["setting"])
+    then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
+    before, now = then.model_dump(exclude={"seeds"}) | found, claim["setting"] | claim
+    if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
+                  else f"{key} was {before.get(key)!r}, is {now[key]!r}"
+                  for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
+        raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
 
 
 def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -> dict[str, Any]:

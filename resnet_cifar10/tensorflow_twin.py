@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,6 @@ except ImportError as missing:
 
 VERSIONS = {"tensorflow": tf.__version__, "keras": keras.__version__, "onednn": os.environ["TF_ENABLE_ONEDNN_OPTS"]}
 TO_KERAS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a vector, of the linear layer and of a convolution
-TO_PYTORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
@@ -75,7 +75,7 @@ class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
 
 
 def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float = 0.1, l2_reg_lambda: float = 0.0,
-           pre_activation: bool = True, activate_before_residual: bool = True, shortcut: bool = True,
+           pre_activation: bool = True, shortcut: bool = True,
            activation: str = "leaky_relu", normalization: str = "batch", dtype: str = "float32",
            width: int = 16) -> keras.Model:  # fmt: skip
     """Build the network from normalised images [N, 32, 32, 3] to logits [N, num_classes].
@@ -86,7 +86,6 @@ def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float
         relu_leakiness: The slope of "leaky_relu" below 0.
         l2_reg_lambda: Adds half of it times the squares of all parameters to the loss: the weight decay of PyTorch.
         pre_activation: Normalise and activate before each convolution (He et al. 2016), not after (He et al. 2015).
-        activate_before_residual: Where pre_activation holds, the first unit's shortcut starts after the activation.
         shortcut: False gives the plain network.
         activation: As in settings.Setting.
         normalization: As in settings.Setting; there is one process, so "sync_batch" is "batch".
@@ -116,7 +115,7 @@ def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float
     for stage, filters in enumerate((width, 2 * width, 4 * width), 1):
         for unit in range(num_residual_units):
             stride, first = 2 if stage > 1 and unit == 0 else 1, stage == 1 and unit == 0
-            x = ResidualUnit(filters, stride, conv, norm, act, pre_activation, activate_before_residual and first, shortcut,
+            x = ResidualUnit(filters, stride, conv, norm, act, pre_activation, first, shortcut,
                              name=f"unit_{stage}_{unit}")(x)  # fmt: skip
     x = act(norm()(x)) if pre_activation else x
     x = keras.layers.GlobalAveragePooling2D()(x)
@@ -142,7 +141,7 @@ def _keras_weights(network: ResNet) -> list[Any]:
 def to_pytorch(model: keras.Model, network: ResNet) -> None:
     """Copy the weights of a Keras model into the PyTorch network of the same architecture."""
     names = [name for name, tensor in network.state_dict().items() if tensor.ndim]
-    weights = [torch.tensor(weight.transpose(TO_PYTORCH[weight.ndim])) for weight in model.get_weights()]
+    weights = [torch.tensor(weight.transpose(np.argsort(TO_KERAS[weight.ndim]))) for weight in model.get_weights()]
     network.load_state_dict(dict(zip(names, weights, strict=True)), strict=False)
 
 

@@ -218,16 +218,13 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         without validation images) and its checkpoint, whose tensors change with the next epoch.
 
     Raises:
-        ValueError: If setting, checkpoint and number of processes do not fit together.
+        ValueError: If setting and checkpoint do not fit together.
         JobFailed: If the loss is no longer finite.
 
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = math.ceil(len(training) / setting.batch_size)
     last_batch = len(training) - (steps - 1) * setting.batch_size
-    if last_batch < processes:
-        raise ValueError(f"key 'batch_size': found {setting.batch_size}, with a last batch of {last_batch} images; "
-                         f"allowed: at least one image for each of {processes} processes")  # fmt: skip
     learner = framework(setting, seed, training, device, precision, compiled, first_weights, teacher)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
     best: Tensors = {}
@@ -257,7 +254,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         train_loss, train_accuracy = (totals / len(training)).tolist()
         if not math.isfinite(train_loss):
             raise JobFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
-                                 "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
+                            "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
         trained = time.perf_counter()
 
         validation_loss = validation_accuracy = None

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
-import functools
 import gzip
-import importlib
 import io
 import os
 import pickle
 import shutil
-import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +24,7 @@ from resnet_cifar10.decode import _quick, decode
 from resnet_cifar10.photo import square
 from resnet_cifar10.photo_like import photo_like
 from resnet_cifar10.sources import load
+from torture import inputs
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
@@ -237,16 +233,6 @@ def test_wrong_class_names_are_named(cifar_folder, names):
     assert "label_names" in sentence(cifar_folder)
 
 
-class Call:
-    """Pickles as an instruction to call a function while it is read."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
 def named(module: str, name: str) -> bytes:
     """Pickle a dictionary whose "data" is the object of any module and name, however odd."""
     pieces = [pickle.PROTO + b"\x04", pickle.EMPTY_DICT, pickle.SHORT_BINUNICODE + b"\x04data"]
@@ -255,36 +241,15 @@ def named(module: str, name: str) -> bytes:
     return b"".join([*pieces, pickle.STACK_GLOBAL, pickle.SETITEM, pickle.STOP])
 
 
-HOSTILE_CALLS = {
-    "system": lambda marker: Call(os.system, f"touch {marker}"),
-    "eval": lambda marker: Call(builtins.eval, f"open({str(marker)!r}, 'w')"),
-    "exec": lambda marker: Call(builtins.exec, f"open({str(marker)!r}, 'w')"),
-    "open": lambda marker: Call(builtins.open, str(marker), "w"),
-    "check_output": lambda marker: Call(subprocess.check_output, ["touch", str(marker)]),
-    "Popen": lambda marker: Call(subprocess.Popen, ["touch", str(marker)]),
-    "mkdir": lambda marker: Call(os.mkdir, str(marker)),
-    "copyfile": lambda marker: Call(shutil.copyfile, "/proc/self/status", str(marker)),
-    "save": lambda marker: Call(np.save, str(marker), 1),
-    "savetxt": lambda marker: Call(np.savetxt, str(marker), [1]),
-    "memmap": lambda marker: Call(np.memmap, str(marker), "u1", "w+", 0, (1,)),
-    "load": lambda marker: Call(np.load, str(marker), None, True),
-    "_load_from_bytes": lambda marker: Call(torch.storage._load_from_bytes, b""),
-    "import_module": lambda marker: Call(importlib.import_module, "antigravity"),
-    "getattr": lambda marker: Call(getattr, "text", "upper"),
-    "partial": lambda marker: functools.partial(os.mkdir, str(marker)),
-    "PosixPath": lambda marker: marker,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE_CALLS)
+@pytest.mark.parametrize("name", inputs.PAYLOADS)
 @pytest.mark.parametrize("file", ["data_batch_3", "batches.meta"])
-def test_a_hostile_pickle_runs_nothing_and_is_named(cifar_folder, tmp_path, file, name):
-    marker = tmp_path / "marker.npy"
-    (cifar_folder / file).write_bytes(pickle.dumps({"data": HOSTILE_CALLS[name](marker), "label_names": CLASSES}, protocol=2))
+def test_a_hostile_pickle_runs_nothing_and_is_named(cifar_folder, tmp_path, monkeypatch, file, name):
+    monkeypatch.chdir(tmp_path)
+    (cifar_folder / file).write_bytes(pickle.dumps({"data": inputs.PAYLOADS[name](), "label_names": CLASSES}, protocol=2))
     archive = write_archive(tmp_path / "hostile.tar.gz", cifar_folder)
     for path in (cifar_folder, archive):
-        assert str(path) in sentence(path) and file in sentence(path) and f".{name}" in sentence(path)
-    assert not marker.exists()
+        assert str(path) in sentence(path) and file in sentence(path) and "which no CIFAR batch needs" in sentence(path)
+    assert not inputs.MARKER.exists()
 
 
 @pytest.mark.parametrize(
@@ -363,6 +328,45 @@ def test_a_parquet_file_of_something_else_is_named(tmp_path):
         assert "train.parquet" in sentence(tmp_path)
 
 
+def test_parquet_files_of_other_class_names_are_refused_whatever_split_is_read(tmp_path):
+    for part, names in (("train", ["dark", "light"]), ("test", ["light", "dark"])):
+        write_parquet(tmp_path / f"{part}.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], [0, 1], names)
+    for split in ("train", "test"):
+        assert "train.parquet: its class names are not those of" in sentence(tmp_path, split)
+
+
+def test_a_parquet_file_without_class_names_is_not_taken_for_cifar10(tmp_path):
+    import pyarrow.parquet as pq
+
+    write_parquet(tmp_path / "train.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], [0, 1], ["a", "b"])
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").replace_schema_metadata(None), tmp_path / "train.parquet")
+    assert "class names" in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("names", [["cat", "cat"], ["a\nb", "c"], ["a"], "ab", [1, 2], None], ids=repr)
+def test_class_names_of_a_parquet_file_are_checked(tmp_path, names):
+    write_parquet(tmp_path / "train.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], [0, 1], names)
+    assert "train.parquet" in sentence(tmp_path) and "names" in sentence(tmp_path)
+
+
+def test_a_picture_in_a_parquet_file_is_read_as_one_in_a_folder(tmp_path):
+    grey16 = Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64)
+    clear = Image.new("RGBA", (32, 32), (250, 0, 0, 0))
+    turned = Image.fromarray(TEST[0][0])
+    turned.getexif()[0x0112] = 6  # a quarter turn clockwise shows it upright
+    blobs = []
+    for number, image in enumerate([grey16, clear, turned]):
+        file = io.BytesIO()
+        image.save(file, "PNG", exif=image.getexif())
+        blobs.append(file.getvalue())
+        (tmp_path / "folders" / "train" / f"class {number}").mkdir(parents=True)
+        (tmp_path / "folders" / "train" / f"class {number}" / "a.png").write_bytes(file.getvalue())
+    write_parquet(tmp_path / "parquet" / "train.parquet", blobs, [0, 1, 2], ["class 0", "class 1", "class 2"])
+    images = load(tmp_path / "folders", "train").images
+    assert torch.equal(load(tmp_path / "parquet", "train").images, images)
+    assert images[1].unique().tolist() == [127] and torch.equal(images[2], torch.from_numpy(np.rot90(TEST[0][0], -1).copy()))
+
+
 def test_an_image_of_a_class_folder_that_does_not_decode_is_named(class_folders):
     file = class_folders / "train" / "green" / "holiday.jpg"
     for content in (b"", b"not an image", encoded(TEST[0][0], "JPEG")[:400]):
@@ -373,7 +377,7 @@ def test_an_image_of_a_class_folder_that_does_not_decode_is_named(class_folders)
 def test_one_class_is_refused(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "train" / "cat" / "a.png")
-    assert str(tmp_path / "train") in sentence(tmp_path) and "1 class" in sentence(tmp_path)
+    assert str(tmp_path / "train") in sentence(tmp_path) and "found ['cat']; allowed: two or more" in sentence(tmp_path)
 
 
 def test_a_class_without_images_is_named(class_folders):
@@ -386,7 +390,7 @@ def test_a_class_without_images_is_named(class_folders):
 def test_a_class_whose_name_cannot_be_written_down_is_refused(class_folders, name):
     for part in ("train", "val", "test"):
         os.rename(class_folders / part / "red", os.fsencode(class_folders / part) + b"/" + name)
-    assert "allowed: a class name of printable characters" in sentence(class_folders)
+    assert "allowed: two or more different names of printable characters" in sentence(class_folders)
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

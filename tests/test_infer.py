@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -324,9 +326,41 @@ def test_explain_draws_over_the_one_photo(model: Path, photo: Image.Image, tmp_p
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert "--explain: found 2 photos; allowed: one" in errors
     for option in ("--explain", "--figure"):
-        status, _, errors = cli("infer", tmp_path / "a.png", "--model", model, option, tmp_path / "nowhere" / "b.png")
+        status, _, errors = cli("infer", tmp_path / "a.png", "--model", model, option, tmp_path / "a.png" / "b.png")
         assert (status, errors.count("\n")) == (2, 1)
-        assert "cannot be written" in errors
+        assert "a.png: is a file; allowed: a folder" in errors
+
+
+def test_a_picture_that_cannot_be_written_whole_leaves_the_old_one(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "a.png")
+    (tmp_path / "old.png").write_bytes(b"old")
+    command = f"ulimit -f 1; exec {sys.executable} -m resnet_cifar10 infer a.png --model {model} --figure old.png"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+
+
+def test_a_pipe_among_photos_is_not_waited_for(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    photo.save(tmp_path / "b.png")
+    status, output, _ = cli("infer", tmp_path, "--model", model)
+    assert (status, output.count("\n")) == (0, 1)
+
+
+def test_an_empty_argument_is_not_the_current_folder() -> None:
+    assert cli("infer", "") == (2, "", "error: found an empty argument, perhaps a variable that is not set; allowed: a value\n")
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.3, 0.45, 0.6, 0.9, 1.2])
+def test_an_early_ctrl_c_ends_without_a_traceback(model: Path, photo: Image.Image, tmp_path: Path, delay: float) -> None:
+    photo.save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "resnet_cifar10", "infer", *[str(tmp_path / "a.png")] * 5000, "--model", str(model)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        time.sleep(delay)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode in (130, -signal.SIGINT)
+    assert errors in ("", "error: stopped\n")
 
 
 def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: Path) -> None:
@@ -383,7 +417,7 @@ def test_a_broken_model_folder_is_refused_with_the_reason(model: Path, photo: Im
     save_model(broken, ResNet(8, 3), CONFIG)
     for file, content, reason in (
         ("model.onnx", None, "export"), ("model.onnx", b"no graph", "not an ONNX model"),
-        ("config.json", b"{", "not a model configuration"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
+        ("config.json", b"{", "config.json: cannot be read"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
         ("config.json", json.dumps(CONFIG | {"rejection_threshold": []}).encode(), "'rejection_threshold'"),
     ):  # fmt: skip
         if content is not None:
@@ -391,4 +425,6 @@ def test_a_broken_model_folder_is_refused_with_the_reason(model: Path, photo: Im
         status, _, errors = cli("infer", tmp_path / "photo.png", "--model", broken)
         assert (status, errors.count("\n")) == (2, 1)
         assert reason in errors
+    (broken / "config.json").unlink()
+    assert "config.json: missing" in cli("infer", tmp_path / "photo.png", "--model", broken)[2]
     assert "built-in" in cli("infer", tmp_path / "photo.png", "--model", "resnet999")[2]

@@ -251,15 +251,6 @@ def test_pytorch_initialisation_is_pytorchs_own():
         assert torch.equal(layer.weight, own.weight)
 
 
-def test_the_seed_decides_the_initial_weights():
-    def first(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return layers(ResNet(8))[0].weight
-
-    assert torch.equal(first(3), first(3))
-    assert not torch.equal(first(3), first(4))
-
-
 @pytest.mark.parametrize("shape", [(6, 16, 8, 4), (2, 64, 8, 8)])
 def test_compiled_batch_norm_is_batch_norm(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape).to(memory_format=torch.channels_last) * 3 + 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_cifar10 import run_folder, storage
+from resnet_cifar10 import files, run_folder, storage
 
 
 def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,16 +24,16 @@ def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_after(tmp_path: P
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    storage.write(tmp_path / "a.json", "new")
+    files.write(tmp_path / "a.json", "new")
     assert calls == ["fsync .a.json.tmp", "rename to a.json", f"fsync {tmp_path.name}"]
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_the_old_one_alone(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    storage.write(file, "old")
+    files.write(file, "old")
     (tmp_path / ".a.json.tmp").mkdir()
-    with pytest.raises(OSError, match=r"a\.json: cannot be written: Is a directory"):
-        storage.write(file, "new")
+    with pytest.raises(ValueError, match=r"a\.json: cannot be written: Is a directory"):
+        files.write(file, "new")
     assert file.read_text() == "old"
 
 
@@ -41,10 +41,10 @@ def test_nothing_is_left_of_a_write_that_fails_in_the_middle(tmp_path: Path, mon
     def full(number: int) -> None:
         raise OSError(28, "No space left on device")
 
-    storage.write(tmp_path / "a.json", "old")
+    files.write(tmp_path / "a.json", "old")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"a\.json: cannot be written: No space left on device"):
-        storage.write(tmp_path / "a.json", "new")
+        files.write(tmp_path / "a.json", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]
 
 
@@ -85,6 +85,6 @@ def test_other_tensors_are_named(tensors: storage.Tensors, named: str) -> None:
 def test_json_in_json_without_end_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"a\.json: cannot be read"):
-        storage.read_json(tmp_path / "a.json")
-    storage.write_json(tmp_path / "a.json", {"a": 1})
+        files.read_json(tmp_path / "a.json")
+    files.write_json(tmp_path / "a.json", {"a": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_cifar10 import run_folder
+from resnet_cifar10 import run_folder, study
 from resnet_cifar10.data import Split, normalise
 from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.model import ResNet
@@ -307,6 +307,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Pat
     with pytest.raises(JobFailed, match=r"no longer finite in epoch \d, at lr 100"):
         train_run(wild, 0, lambda part: images(), tmp_path, "cpu")
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("validation_size", [0, 20])
+def test_weights_that_the_last_step_spoilt_stop_the_run(tmp_path: Path, validation_size: int) -> None:
+    one_step = setting(lr=100.0, normalization="none", model="resnet32", epochs=1, validation_size=validation_size)
+    some = images().subset(torch.arange(one_step.batch_size + validation_size))
+    with pytest.raises(JobFailed, match="Test, seed 0: the logits of epoch 1 are not finite"):
+        train_run(one_step, 0, lambda part: None if part == "val" else some, tmp_path, "cpu")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_folder_that_is_claimed_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_room(folder: Path, parameters: int) -> None:  # another process comes between the check and the writing
+        monkeypatch.undo()
+        claim([(setting(epochs=2), 0, folder)], data)
+
+    monkeypatch.setattr(study, "check_room", check_room)
+    with pytest.raises(ValueError, match="epochs was 2, is 1"):
+        claim([(setting(epochs=1), 0, tmp_path / "run")], data)
 
 
 def save_then_die(after: int) -> Callable[[Path, Checkpoint], None]:

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from PIL import Image
 
-from resnet_cifar10 import cli, infer, photo, run_folder, sources, storage, train
+from resnet_cifar10 import cli, files, infer, photo, run_folder, sources, storage, train
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 
@@ -62,7 +62,7 @@ def _both(*parts: PutIn) -> PutIn:
 
 def _write_in_place(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with vars(storage).get("open", open)(path, "wb") as file:
+    with vars(files).get("open", open)(path, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -105,10 +105,10 @@ def _lenient_settings() -> Callable[[], None]:
 
 BROKEN: dict[str, list[tuple[str, PutIn]]] = {
     "kill": [("a resume that forgets the optimizer's state", _changed(train.Learner, restore=_forgetful))],
-    "write": [("a writer without rename", _instead(storage.write, _write_in_place))],
+    "write": [("a writer without rename", _instead(files.write, _write_in_place))],
     "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
     "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
-    "full": [("a writer without rename", _instead(storage.write, _write_in_place))],
+    "full": [("a writer without rename", _instead(files.write, _write_in_place))],
     "read-only": [("no check of the right to write", _instead(run_folder.check_room, lambda folder, parameters: None))],
     "file": [("no check of the path", _instead(run_folder.check_room, lambda folder, parameters: None))],
     "lock": [("a lock that never locks", _instead(run_folder.locked, _never_locked))],

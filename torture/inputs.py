@@ -33,7 +33,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_cifar10 import run_folder, sources, storage
+from resnet_cifar10 import files, run_folder, sources
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 
@@ -317,7 +317,7 @@ def parquet_bomb(kind: str) -> bytes:
         with pq.ParquetWriter(made := io.BytesIO(), table.schema, compression="zstd") as writer:
             for _ in range(parts):
                 writer.write_table(table)
-        storage.write(file, made.getvalue())
+        files.write(file, made.getvalue())
     return file.read_bytes()
 
 

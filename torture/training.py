@@ -24,7 +24,7 @@ import torch
 import torch._dynamo
 import torch.onnx._internal.exporter._compat
 
-from resnet_cifar10 import run_folder, storage
+from resnet_cifar10 import files, run_folder, storage
 from resnet_cifar10.export import export
 from resnet_cifar10.sources import load
 from resnet_cifar10.train import Checkpoint
@@ -91,7 +91,7 @@ class Ground:
         def everything() -> None:
             if not real_export:
                 exported = (self.model / "model.onnx").read_bytes()
-                replace_everywhere(export, lambda model, out: storage.write(out, exported))
+                replace_everywhere(export, lambda model, out: files.write(out, exported))
             prepare()
 
         log = self.folder / f"log-{os.getpid()}-{next(LOGS)}"
@@ -249,7 +249,7 @@ def die_in_a_write(point: str, times: int) -> None:
             die()
         fsync(number)
 
-    vars(storage)["open"] = dying_open
+    vars(files)["open"] = dying_open
     vars(os).update(replace=dying_replace, fsync=dying_fsync)
 
 

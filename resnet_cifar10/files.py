@@ -1,0 +1,76 @@
+"""Whole files: written atomically, checked when read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a whole file or leave the old one: temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    Raises:
+        ValueError: If the user's choice of the file can't be written.
+        OSError: If anything else went wrong, such as a full disk.
+
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        wrong = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError)
+        raise (ValueError if wrong else OSError)(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):  # it is there only where something went wrong
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain values as readable JSON; NaN is refused."""
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a JSON object that has these keys.
+
+    Raises:
+        ValueError: Naming the file and the reason.
+
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged: not a JSON object")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: damaged: key '{missing[0]}' is missing")
+    return value
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that a folder can be written, or made, before work goes into what it is to hold.
+
+    Raises:
+        ValueError: Naming the folder, or the one that stops it.
+
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there}: is a file; allowed: a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{there}: cannot be written; allowed: a folder that can")
