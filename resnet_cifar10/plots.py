@@ -133,17 +133,18 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
 def plot_one(row: Row) -> Picture:
     """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
     colour, _ = line_of(row.number)
+    dotted = (MUTED, (0, (1.5, 1)))
 
     def paint(figure: Any) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
         train, validation, lr = (row.curves(key) for key in ("train_accuracy", "validation_accuracy", "lr"))
-        plot_curves(axes, train, (MUTED, (0, (1.5, 1))))
+        plot_curves(axes, train, dotted)
         plot_curves(axes, validation, (colour, "-"))
         for run in row.done:
             epoch = run.result["best_epoch"]
             axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
         axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0] - 3), 101))
-        label_ends(axes, [(train.mean(0)[-1], "training", (MUTED, "-")), (validation.mean(0)[-1], "validation", (colour, "-"))])
+        label_ends(axes, [(train.mean(0)[-1], "training", dotted), (validation.mean(0)[-1], "validation", (colour, "-"))])
         plot_curves(below, lr[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
 
