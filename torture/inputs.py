@@ -313,7 +313,8 @@ def parquet_bomb(kind: str) -> bytes:
         images = pa.StructArray.from_arrays(
             [pa.DictionaryArray.from_arrays(indices, pa.array([blob])).cast(pa.binary())], ["bytes"]
         )
-        table = pa.table({"img": images, "label": pa.array(np.zeros(rows, np.int64))})
+        labels = pa.array(np.zeros(rows, np.int64))
+        table = pa.table({"img": images, "label": labels}).replace_schema_metadata(with_names(tuple("0123456789")))
         with pq.ParquetWriter(made := io.BytesIO(), table.schema, compression="zstd") as writer:
             for _ in range(parts):
                 writer.write_table(table)
@@ -321,10 +322,15 @@ def parquet_bomb(kind: str) -> bytes:
     return file.read_bytes()
 
 
+def with_names(names: Any) -> dict[str, str]:
+    """Make the metadata in which the `datasets` library of Hugging Face keeps the names of the classes."""
+    return {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
+
+
 def write_parquet(file: Path, blobs: list[bytes], labels: list[Any], names: Any = tuple("0123456789")) -> None:
     """Write what the `datasets` library of Hugging Face writes."""
     schema = pa.schema([("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
-                       metadata={"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})})  # fmt: skip
+                       metadata=with_names(names))  # fmt: skip
     rows = pa.array([{"bytes": blob, "path": None} for blob in blobs], schema.field("img").type)
     pq.write_table(pa.Table.from_arrays([rows, pa.array(labels[: len(blobs)], pa.int64())], schema=schema), file)
 
