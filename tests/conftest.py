@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import struct
 import tarfile
@@ -12,10 +11,10 @@ from typing import Any
 
 import hypothesis
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
+from torture.inputs import TEST, TRAIN, write_parquet
 
 ROOT = Path(__file__).parent.parent  # of the repository
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -37,14 +36,6 @@ def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
     sentence = str(error.value)
     assert sentence and sentence.isprintable(), repr(sentence)
     return sentence
-
-
-def noise(n: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """Images uint8 [n, 32, 32, 3] of noise, which no lossy step leaves as they are, and labels 0, 1, ... 9, 0, ..."""
-    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8), [i % 10 for i in range(n)]
-
-
-TRAIN, TEST = noise(50, seed=1), noise(20, seed=2)
 
 
 class _Python2Pickler(pickle._Pickler):
@@ -85,18 +76,6 @@ def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, **options)
     return file.getvalue()
-
-
-def write_parquet(file: Path, blobs: list[bytes], labels: list[int], classes: list[str]) -> None:
-    """Write what the `datasets` library of Hugging Face writes: a struct column, and the class names in the metadata."""
-    features = {"img": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
-    schema = pa.schema(
-        [("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
-    rows = [{"bytes": blob, "path": None} for blob in blobs]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays([pa.array(rows, schema.field("img").type), pa.array(labels)], schema=schema), file)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from conftest import TRAIN
 from sklearn import metrics as sk
 
 from resnet_cifar10 import evaluate as ev
+from resnet_cifar10 import progress as progress_module
 from resnet_cifar10.model import ResNet
 
 CLASSES = tuple("abcdefg")
@@ -174,3 +175,9 @@ def test_the_network_sees_normalised_images_in_their_order():
     seen = ev.predict(lambda x: x.mean((2, 3)), images, mean, std, batch_size=7)
     expected = (images.double().mean((1, 2)) / 255 - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(seen, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_progress_in_a_pipe_is_told_with_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", -1)
+    assert list(progress_module.progress("abc", "photos")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "photos: 1 of 3 done, 0 s left\nphotos: 2 of 3 done, 0 s left\n"

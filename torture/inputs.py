@@ -332,6 +332,7 @@ def write_parquet(file: Path, blobs: list[bytes], labels: list[Any], names: Any 
     schema = pa.schema([("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
                        metadata=with_names(names))  # fmt: skip
     rows = pa.array([{"bytes": blob, "path": None} for blob in blobs], schema.field("img").type)
+    file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_arrays([rows, pa.array(labels[: len(blobs)], pa.int64())], schema=schema), file)
 
 
