@@ -180,4 +180,4 @@ def test_the_network_sees_normalised_images_in_their_order():
 def test_progress_in_a_pipe_is_told_with_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(progress_module, "LINE_SECONDS", -1)
     assert list(progress_module.progress("abc", "photos")) == ["a", "b", "c"]
-    assert capsys.readouterr().err == "photos: 1 of 3 done, 0 s left\nphotos: 2 of 3 done, 0 s left\n"
+    assert capsys.readouterr().err == "photos: 33 % done, 0 s left\nphotos: 67 % done, 0 s left\n"
