@@ -267,13 +267,13 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
         network, config = load_model(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    source, before = config["data"], config["setting"].get("validation_size", 0)
-    held_out = (source, config.get("seed")) == (training.source, seed) and before >= setting.validation_size
+    source, before = config["data"], config["setting"].get("validation_size")
+    held_out = (source, config.get("seed"), before) == (training.source, seed, setting.validation_size)
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
     if setting.validation_size and not read("val") and same_pictures and not held_out:
         raise ValueError(f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
-                         f"{before}; allowed: the same data, seed {seed} and a validation_size of {setting.validation_size} "
-                         "or more, or it has learned from images that are to validate it")  # fmt: skip
+                         f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}, or it "
+                         "may have learned from images that are to validate it")  # fmt: skip
     return network, config
 
 
