@@ -278,7 +278,10 @@ def main() -> None:
     try:
         status: Any = app(standalone_mode=False)
     except typer.TyperException as error:
-        _fail(error.format_message().replace("Value error, ", ""), 2)  # a word of pydantic's, by which typer checks
+        message = error.format_message().replace("Value error, ", "")  # a word of pydantic's, by which typer checks
+        causes: Any = getattr(error.__cause__, "errors", list)()
+        found = [repr(cause["input"]) for cause in causes]
+        _fail(message + "".join(f"; found {value}" for value in found if value not in message), 2)
     except (ValueError, OSError, JobFailed) as error:
         _fail(*(("stopped", 130) if interrupted else (error, 2 if isinstance(error, ValueError) else 1)))
     except Interrupted as error:
