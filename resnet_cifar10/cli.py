@@ -95,8 +95,8 @@ def evaluate(
     print(f"accuracy           {metrics['accuracy']:.2f} %  (95 % interval {low:.2f} to {high:.2f})")
     print(f"top-2 accuracy     {metrics['top2_accuracy']:.2f} %")
     scaled = f"at temperature {metrics['temperature']:.2f}"
-    for key, name in (("negative_log_likelihood", "log-loss (nats)"), ("calibration_error", "calibration error %")):
-        print(f"{name:<19} {metrics[key]:.3f}, {scaled} {metrics[key + '_scaled']:.3f}")
+    for key, name, unit in (("negative_log_likelihood", "log-loss", "nats"), ("calibration_error", "calibration error", "%")):
+        print(f"{name:<18} {metrics[key]:.3f} {unit}, {scaled} {metrics[key + '_scaled']:.3f} {unit}")
     print(f"{'class':<18} {'precision':>9} {'recall':>9} {'images':>7}")
     for name, row in metrics["per_class"].items():
         print(f"{name:<18} {row['precision']:>7.2f} % {row['recall']:>7.2f} % {row['n']:>7,}")
@@ -283,7 +283,9 @@ def main() -> None:
         found = [repr(cause["input"]) for cause in causes]
         _fail(message + "".join(f"; found {value}" for value in found if value not in message), 2)
     except (ValueError, OSError, JobFailed) as error:
-        _fail(*(("stopped", 130) if interrupted else (error, 2 if isinstance(error, ValueError) else 1)))
+        if interrupted:
+            _fail("stopped", 130)
+        _fail(error, 2 if isinstance(error, ValueError) else 1)
     except Interrupted as error:
         _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
     except BaseException:

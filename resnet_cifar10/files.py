@@ -62,8 +62,11 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     return value
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> Path:
     """Make sure that a folder can be written, or made, before work goes into what it is to hold.
+
+    Returns:
+        The folder, or the nearest one above it that is there.
 
     Raises:
         ValueError: Naming the folder, or the one that stops it.
@@ -74,3 +77,4 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{there}: is a file; allowed: a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{there}: cannot be written; allowed: a folder that can")
+    return there

@@ -54,8 +54,7 @@ def check_room(folder: Path, parameters: int) -> None:
         ValueError: Naming the folder, what was found and what is needed.
 
     """
-    check_writable(folder)
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = check_writable(folder)
     free, needed = shutil.disk_usage(there).free, ROOM * 4 * parameters
     if free < needed:
         raise ValueError(f"{there}: found {free / 1e6:.1f} MB free; allowed: {needed / 1e6:.1f} MB or more for each run")
