@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is there: one thread for each of the processes that share the cores
+
 import io
+import json
 import pickle
 import struct
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from resnet_cifar10 import export, files
+from resnet_cifar10.infer import read_config
+from torture.harness import Ended, call
 from torture.inputs import TEST, TRAIN, write_parquet
 
 ROOT = Path(__file__).parent.parent  # of the repository
@@ -29,6 +38,33 @@ SLOW = ["test_torture.py", "test_ray.py", "test_distributed.py", "test_tensorflo
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
+def run(*arguments: str | Path, status: int = 0) -> Ended:
+    """Run the command line in this process, which saves its start; where it fails it says why in one line."""
+    done = call(*arguments)
+    if status:
+        done.refused(status)
+    assert done.status == status, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def quick_export() -> Iterator[None]:
+    """Export the first network of each shape and give its graph to the others: for where no test looks at a graph."""
+    graphs: dict[str, bytes] = {}
+    whole = export.export
+
+    def quick(model: Path, out: Path) -> None:
+        shape = json.dumps([read_config(model)[key] for key in ("architecture", "classes")])
+        if shape not in graphs:
+            whole(model, out)
+            graphs[shape] = out.read_bytes()
+        files.write(out, graphs[shape])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export", quick)
+        yield
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:

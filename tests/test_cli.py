@@ -1,7 +1,6 @@
 """The commands around training: evaluate, export, the built-in model, help and wrong use."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import run
 from PIL import Image
 
 from resnet_cifar10.infer import BUILT_IN
@@ -16,15 +16,6 @@ from resnet_cifar10.storage import load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_cifar10 = pytest.mark.skipif(not (SHARED / "data/cifar10").is_dir(), reason="needs ../shared/data/cifar10")
-
-
-def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    assert status == 0 or done.stderr.count("\n") == 1
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +31,10 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
     result = json.loads((digits_run / "result.json").read_text())
     for model in (digits_run, digits_run / "model"):
-        metrics = json.loads(run("evaluate", model, "--data", "digits", "--json").stdout)
+        metrics = json.loads(run("evaluate", model, "--data", "digits", "--json").out)
         assert (metrics["accuracy"], metrics["n"], metrics["framework"]) == (result["test"]["accuracy"], 359, "pytorch")
         assert metrics["confusion"] == result["test"]["confusion"]
-    assert f"{metrics['accuracy']:.2f} %" in run("evaluate", digits_run, "--data", "digits").stdout
+    assert f"{metrics['accuracy']:.2f} %" in run("evaluate", digits_run, "--data", "digits").out
 
 
 def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Path) -> None:
@@ -56,7 +47,7 @@ def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Pat
     assert "(n = 2)" in text
     with zipfile.ZipFile(tmp_path / "1234_Name.zip") as archive:
         assert archive.read("1234_Name/report/report.md").decode() == text
-    assert f"packed: {tmp_path / '1234_Name.zip'}" in done.stdout
+    assert f"packed: {tmp_path / '1234_Name.zip'}" in done.out
 
 
 def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:
@@ -70,13 +61,13 @@ def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> 
 def test_a_model_needs_neither_its_graph_nor_its_card_to_be_evaluated(digits_run: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((digits_run / "model" / name).read_bytes())
-    assert json.loads(run("evaluate", tmp_path, "--data", "digits", "--json").stdout)["n"] == 359
+    assert json.loads(run("evaluate", tmp_path, "--data", "digits", "--json").out)["n"] == 359
     run("export", tmp_path, "--out", tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == (digits_run / "model" / "model.onnx").read_bytes()
 
 
 def test_a_model_and_data_of_other_classes_do_not_go_together(digits_run: Path, class_folders: Path) -> None:
-    refused = run("evaluate", digits_run, "--data", class_folders, status=2).stderr
+    refused = run("evaluate", digits_run, "--data", class_folders, status=2).err
     assert "red" in refused
     assert "9" in refused
 
@@ -103,18 +94,18 @@ def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, t
     (["evaluate", "resnet999", "--data", "digits"], "resnet999"),
 ])  # fmt: skip
 def test_wrong_use_is_one_line(arguments: list[str], part: str) -> None:
-    assert part in run(*arguments, status=2).stderr
+    assert part in run(*arguments, status=2).err
 
 
 def test_help_names_every_command() -> None:
-    text = run().stdout
+    text = run().out
     for command in ("train", "evaluate", "infer", "report", "export", "serve", "data"):
         assert re.search(rf"(?m)^\s+{command}\s{{2,}}\S", text), command
 
 
 @needs_cifar10
 def test_the_built_in_model_has_the_accuracy_that_its_card_says_and_at_least_89_percent() -> None:
-    metrics = json.loads(run("evaluate", "resnet32", "--data", SHARED / "data/cifar10", "--json").stdout)
+    metrics = json.loads(run("evaluate", "resnet32", "--data", SHARED / "data/cifar10", "--json").out)
     assert f"| test | {metrics['accuracy']:.2f} % |" in (BUILT_IN / "resnet32" / "README.md").read_text()
     assert metrics["accuracy"] >= 89.0
     assert metrics["n"] == 10_000
@@ -124,6 +115,6 @@ def test_the_built_in_model_has_the_accuracy_that_its_card_says_and_at_least_89_
 def test_the_built_in_model_knows_a_cat_and_what_is_none_of_these(tmp_path: Path) -> None:
     data = pytest.importorskip("skimage").data_dir
     files = [f"{data}/{name}" for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
-    cat, coffee, rocket = json.loads(run("infer", *files, "--json").stdout)
+    cat, coffee, rocket = json.loads(run("infer", *files, "--json").out)
     assert (cat["label"], cat["rejected"]) == ("cat", False)
     assert cat["membership"] > max(coffee["membership"], rocket["membership"])

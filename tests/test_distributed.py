@@ -18,7 +18,7 @@ from resnet_cifar10.data import Split, batches
 from resnet_cifar10.run_folder import read_metrics
 
 LONG = "LONG" in os.environ
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
 SEVERAL_HOSTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 EPOCHS = 3 if LONG else 2
 TABLE = f"""

@@ -17,9 +17,9 @@ from resnet_cifar10.run_folder import read_metrics
 
 LONG = "LONG" in os.environ
 SEEDS = 6 if LONG else 1
-# One thread, as every task on Ray has; Ray's own settings reach the nodes and the command alike.
+# Ray's own settings reach the nodes and the command alike.
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(),
 }  # fmt: skip
 TABLE = f"""

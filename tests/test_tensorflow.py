@@ -3,16 +3,13 @@
 import csv
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run
 
 from resnet_cifar10 import run_folder, study
 from resnet_cifar10.data import Split
@@ -20,6 +17,7 @@ from resnet_cifar10.model import ResNet
 from resnet_cifar10.settings import Setting, load_settings
 from resnet_cifar10.storage import load_model, read_tensors
 from resnet_cifar10.train import Checkpoint, make_optimizer
+from torture.harness import Ended
 
 if not importlib.util.find_spec("tensorflow"):
     pytest.skip("needs the extra 'tensorflow'", allow_module_level=True)
@@ -29,8 +27,6 @@ from resnet_cifar10 import tensorflow_twin as twin
 pytestmark = pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
-
-THREADS = os.environ | {"OMP_NUM_THREADS": "2"}
 
 
 def network(setting: Setting, dtype: torch.dtype) -> tuple[ResNet, dict[str, Any]]:
@@ -117,15 +113,7 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(changes:
 # --- the command line ---
 
 
-def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "resnet_cifar10", *map(str, arguments)]
-    done = subprocess.run(command, env=THREADS, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    assert status == 0 or done.stderr.count("\n") == 1, done.stderr
-    return done
-
-
-def train(folder: Path, *options: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *options: str, status: int = 0) -> Ended:
     (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 4\nvalidation_size = 200\n'
                                        'lr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\ncompile = false\n')  # fmt: skip
     table = ("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs")
@@ -154,7 +142,7 @@ def test_a_run_has_the_folder_of_every_run_and_learns(trained: Path) -> None:
 
 
 def test_both_frameworks_evaluate_a_model_alike(trained: Path) -> None:
-    both = [json.loads(run("evaluate", trained, "--data", "digits", "--json", "--framework", name).stdout)
+    both = [json.loads(run("evaluate", trained, "--data", "digits", "--json", "--framework", name).out)
             for name in ("pytorch", "tensorflow")]  # fmt: skip
     assert [metrics["framework"] for metrics in both] == ["pytorch", "tensorflow"]
     assert both[0]["confusion"] == both[1]["confusion"]
@@ -163,8 +151,8 @@ def test_both_frameworks_evaluate_a_model_alike(trained: Path) -> None:
 
 def test_a_run_is_skipped_when_done_and_is_another_one_in_the_other_framework(trained: Path) -> None:
     folder = trained.parents[2]
-    assert "is done" in train(folder).stdout
-    assert "framework was 'tensorflow', is 'pytorch'" in train(folder, "--framework", "pytorch", status=2).stderr
+    assert "is done" in train(folder).out
+    assert "framework was 'tensorflow', is 'pytorch'" in train(folder, "--framework", "pytorch", status=2).err
 
 
 def test_a_broken_off_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,17 +182,17 @@ def test_a_broken_off_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch:
 def test_what_tensorflow_lacks_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "table.toml").write_text('[[setting]]\nname = "D"\nprecision = "bfloat16"\n')
     table = ("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs")
-    refused = run(*table, "--framework", "tensorflow", status=2).stderr
+    refused = run(*table, "--framework", "tensorflow", status=2).err
     assert "'precision': found 'bfloat16'" in refused
     assert "tensorflow: auto, float32, float64" in refused
     (tmp_path / "muon.toml").write_text('[[setting]]\nname = "M"\noptimizer = "muon"\n')
-    muon = run("train", tmp_path / "muon.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
+    muon = run("train", tmp_path / "muon.toml", *table[2:], "--framework", "tensorflow", status=2).err
     assert "'optimizer': found 'muon'; allowed with --framework tensorflow: sgd, adam, adamw" in muon
     (tmp_path / "teacher.toml").write_text('[[setting]]\nname = "T"\nteacher = "resnet32"\n')
-    teacher = run("train", tmp_path / "teacher.toml", *table[2:], "--framework", "tensorflow", status=2).stderr
+    teacher = run("train", tmp_path / "teacher.toml", *table[2:], "--framework", "tensorflow", status=2).err
     assert "'teacher': found 'resnet32'; allowed with --framework tensorflow: none" in teacher
-    assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).stderr
-    assert "'abacus' is not one of 'pytorch', 'tensorflow'" in run(*table, "--framework", "abacus", status=2).stderr
+    assert "allowed with --ray: pytorch" in run(*table, "--framework", "tensorflow", "--ray", "local", status=2).err
+    assert "'abacus' is not one of 'pytorch', 'tensorflow'" in run(*table, "--framework", "abacus", status=2).err
     assert not (tmp_path / "runs").exists()
 
 
