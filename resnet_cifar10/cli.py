@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -161,12 +162,9 @@ def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
         path, inside = Path(argument), [argument]
-        try:
-            if path.is_dir():  # a broken link is told, a pipe would be waited for
-                inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
-                                and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
+        if path.is_dir():  # a broken link is told, a pipe would be waited for
+            inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
+                            and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip
         if not inside:
             raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
         names += inside
@@ -285,7 +283,8 @@ def main() -> None:
     except (ValueError, OSError, JobFailed) as error:
         if interrupted:
             _fail("stopped", 130)
-        _fail(error, 2 if isinstance(error, ValueError) else 1)
+        impossible = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES)  # a path from outside
+        _fail(error, 2 if isinstance(error, ValueError) or impossible else 1)
     except Interrupted as error:
         _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
     except BaseException:

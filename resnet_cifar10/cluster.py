@@ -79,10 +79,9 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
             while tasks and not received:
                 ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
                 for ref in ended:
-                    setting, seed, folder = tasks.pop(ref)
+                    setting, seed, _ = tasks.pop(ref)
                     try:
-                        ray.get(ref)
-                        test = read_json(folder / "result.json")["test"]
+                        test = ray.get(ref)["test"]
                         how = f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
                     except ray.exceptions.RayError as error:
                         failed += 1
@@ -122,15 +121,16 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     return table, f"{table.row_count} running, {len(runs) - table.row_count} waiting, left {left}"
 
 
-def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str, home: Path) -> None:
-    """Do one run on a node; where an earlier worker of it is still dying, wait for that."""
+def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str,
+          home: Path) -> dict[str, Any]:  # fmt: skip
+    """Do one run on a node and return its result; where an earlier worker of it is still dying, wait for that."""
     os.chdir(home)  # paths may be relative
     if not (folder / "setting.json").exists():
         raise JobFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
     torch.set_num_threads(cpus)
     with locked(folder, wait=True):
-        if not (folder / "result.json").exists():
-            run(setting, seed, partial(_load, data), folder, device)
+        done = folder / "result.json"
+        return read_json(done) if done.exists() else run(setting, seed, partial(_load, data), folder, device)
 
 
 @contextmanager

@@ -59,8 +59,13 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> f
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the T that minimises the negative log-likelihood of logits / T (Guo et al. 2017, section 4.2)."""
-    low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third that is dropped is the wrong one
+    """Find the T that minimises the negative log-likelihood of logits / T (Guo et al. 2017, section 4.2).
+
+    Without a mistake there is no minimum, and the T found would make every answer certain: then it is 1.
+    """
+    if accuracy(logits, labels) == 100:
+        return 1.0
+    low, high = -3.0, 3.0  # of log T; with a mistake the likelihood has one minimum, so each third that is dropped is the wrong one
     for _ in range(60):
         a, b = low + (high - low) / 3, high - (high - low) / 3
         left, right = (negative_log_likelihood(logits / math.exp(t), labels) for t in (a, b))

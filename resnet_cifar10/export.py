@@ -127,6 +127,9 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     Returns:
         The metrics of "validation" and "test", None for a split that is not there.
 
+    Raises:
+        JobFailed: If a logit is not finite.
+
     """
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
     contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
@@ -222,7 +225,7 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
     chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
     chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
     members = f"""\
-Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the mean cosine
+Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation (1 if no image there is named wrongly). Membership is the mean cosine
   between the features of a photo's views and the class means, each class weighted with its probability, less
   {EXCESS_WEIGHT} times the standard deviations by which the contrasts of the second stage exceed those of validation images
   on average. A photo below {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos

@@ -92,7 +92,8 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
-        "Training time (m)": "training and validation, mean over the seeds; by the clock, beside whatever else ran",
+        "Training time (m)": f"training and validation{', mean over the seeds' * (len(row.runs) > 1)}; by the clock, beside other "
+                             "work; it compares settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
@@ -145,10 +146,11 @@ def compare(row: Row, other: Row) -> str:
     amount = "No difference" if f"{abs(gain):.2f}" == "0.00" else f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'}"
     text += f" {amount} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
     if len(a) < 2 or len(b) < 2:
-        intervals = [each.measured("test")[0]["interval_95"] for each in (row, other)]
-        ranges = " and ".join(f"{low:.1f} to {high:.1f} %" for low, high in intervals)
-        return (f"{text} One seed cannot tell the setting from chance: the choice of test images alone leaves {ranges} "
-                "(95 % Wilson intervals), and the chance of the seed comes on top.")  # fmt: skip
+        variances = [np.mean(x) * (100 - np.mean(x)) / each.measured("test")[0]["n"] for x, each in ((a, row), (b, other))]
+        margin, single = 1.96 * sum(variances) ** 0.5, join([each.name for x, each in ((a, row), (b, other)) if len(x) < 2])
+        return (f"{text} The choice of test images leaves {gain - margin:+.2f} to {gain + margin:+.2f} points (95 % interval, as "
+                f"if each had images of its own); what another seed would change, one seed of {single} cannot tell."
+                .replace("leaves -", "leaves −").replace("to -", "to −"))  # fmt: skip
     tested = welch(a, b)
     if tested is None:
         return f"{text} The seeds of neither vary, so no test can be made."
@@ -175,22 +177,17 @@ def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> lis
     if best and highest and highest is not best:
         found.append(("Chosen by validation", f"{highest.name} has the highest test accuracy, but the choice is made by "
                       "validation accuracy, so that the test images stay unseen until the end."))  # fmt: skip
-    gaps, flat = [], []
+    gaps = []
     for row in (row for row in finished if row.accuracies("validation")):
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
         gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({train - seen:+.1f} points)"))
-        curves = [run.curve("validation_accuracy") for run in row.done]
-        flat.append(f"{span(int((c >= c.max() - 1).argmax()) + 1 for c in curves)} of {row.setting.epochs} ({row.name})")
     if gaps:
         many, augmented = len(gaps) > MANY, any(row.setting.augmentation != "none" for row in finished)
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
-                      f"{shown}. Training accuracy is counted during the epoch{', on augmented images' * augmented}."
+                      f"{shown}. Training accuracy is counted during the epoch{', on augmented images: as they are, more are named rightly' * augmented}."
                       .replace("(-", "(−")))  # fmt: skip
-        if not many:
-            text = f"Validation accuracy is first within a point of its best in epoch {join(flat)}."
-            found.append(("Where the curves flatten", text))
     return found
 
 
@@ -209,12 +206,15 @@ def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
     tests = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
              for row, other in pairs(rows, baseline)}  # fmt: skip
     tested = {names: test[0] for names, test in tests.items() if test}
-    seeds, epochs = [len(row.done) for row in rows if row.done], [row.setting.epochs for row in rows]
-    said = ["One seed a setting: how far another one would end from it is not known."] if max(seeds, default=0) == 1 else []
-    if max(seeds, default=0) > 1:
-        said = [f"{span(seeds)} seeds a setting: an interval that includes 0 does not show that there is no difference. "
-                "The intervals are of the chance of the seeds alone, which they take as normally distributed; all settings "
-                "were measured with the same test images."]  # fmt: skip
+    single, epochs = [row.name for row in rows if len(row.done) == 1], [row.setting.epochs for row in rows]
+    several, said = [len(row.done) for row in rows if len(row.done) > 1], []
+    if single:
+        of = f"of {join(single)}" if several else "a setting"
+        said.append(f"One seed {of}: how far another one would end from it is not known.")
+    if tested:
+        said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
+                    "show that there is no difference. The intervals are of the chance of the seeds alone, which they take as "
+                    "normally distributed; all settings were measured with the same test images.")  # fmt: skip
     if len(tested) > 1:
         ranked = sorted(tested, key=tested.__getitem__)
         stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
@@ -229,8 +229,8 @@ def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
 def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], classifier: Classifier | None,
           name: str) -> dict[str, str]:  # fmt: skip
     """Write what stands beside the pictures and tables, for both forms of the report; `name` is the classifier's."""
-    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
-             "highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
+    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands, where the lines are few, reach "
+             "from the lowest to the highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
     alike = [f" {first.name} also stands for {join([row.name for row in more])}." for first, *more in groups if more]
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "

@@ -32,7 +32,8 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             logging.getLogger("PIL").setLevel(logging.CRITICAL)
             with Image.open(file, formats=FORMATS) as image:
-                if image.format == "JPEG" and _scans(file) * image.width * image.height > MAX_SCANNED_PIXELS:
+                scanned = image.format in ("JPEG", "MPO")  # MPO: a JPEG with more pictures behind it, as phones write
+                if scanned and _scans(file) * image.width * image.height > MAX_SCANNED_PIXELS:
                     raise ValueError("more scans than any camera writes")
                 image.draft("RGB", (16 * SIZE, 16 * SIZE))  # JPEG: decode at a fraction of the size where that is enough
                 image.load()
@@ -72,14 +73,14 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """Cut out the centre square and reduce it to 32x32 by area averaging."""
+    """Cut out the centre square and reduce it to 32x32."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return reduced(image, (left, top, left + side, top + side))
 
 
 def reduced(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """Reduce a box (left, top, right, bottom) of an image to 32x32 by area averaging."""
+    """Reduce a box (left, top, right, bottom) of an image to 32x32 by area averaging; one that is smaller is enlarged bilinearly."""
     smallest = min(box[2] - box[0], box[3] - box[1])
     return image.resize((SIZE, SIZE), Image.Resampling.BOX if smallest >= SIZE else Image.Resampling.BILINEAR, box=box)
 
@@ -95,6 +96,6 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
 
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Reduce every box of a photo by area averaging, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
+    """Reduce every box of a photo, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
     upright = np.stack([np.asarray(reduced(photo, box)) for box in boxes(*photo.size)])
     return np.concatenate([upright, upright[:, :, ::-1]])

@@ -101,7 +101,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, str, tuple[str, Any]]]) ->
 
 def shortened(name: str) -> str:
     """Cut a name that is too long for a plot."""
-    return name if len(name) < 25 else f"{name[:23]}…"
+    return name if len(name) <= 32 else f"{name[:31]}…"
 
 
 def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
@@ -114,7 +114,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
         axes, ends = figure.subplots(), []
         for row in rows:
             curves, line = row.curves("validation_accuracy"), line_of(row.number)
-            plot_curves(axes, curves, line)
+            plot_curves(axes, curves if len(rows) <= len(LINES) else curves.mean(0)[None], line)  # many bands hide each other
             end, name = float(curves.mean(0)[-1]), shortened(row.name)
             ends.append((end, f"{name} {end:.1f}" + ("" if row.done else " (unfinished)"), line))
         if enlarged:

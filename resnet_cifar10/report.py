@@ -138,6 +138,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
+    best_row = best if sum(bool(row.accuracies("validation")) for row in rows) > 1 else None  # alone it is no best one
     changes = gains(rows, baseline)
     section = best_section(best) if best else None
     model = photo_model or (best and best_run(best).folder)
@@ -152,19 +153,21 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     plots = [(row, plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
+    kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
     options += ["--photo-model", photo_model] if photo_model else []
     options += ["--words", words] if words else []
     options += ["--baseline", baseline_name] if baseline_name else []
     content: dict[str, Any] = {
-        "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best, "best": section,
+        "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best_row, "best": section,
         "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
         "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, provenance),
         "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
         "notes": notes(rows, baseline, groups, classifier,
-                       f"the model {portable(photo_model)}" if photo_model else f"{best and best.name}, the best setting"),
+                       f"the model {portable(photo_model)}" if photo_model else
+                       f"{best and best.name}{', the best setting' * bool(best_row)}"),
         "differences": plot_differences(baseline, changes) if changes and baseline else None,
-        "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(groups) > 1 else [],
+        "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
         "limits": limits(rows, baseline, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words),

@@ -90,9 +90,7 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
 
 
 def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
-    """Save an epoch: the best weights if it has the best, metrics.csv, the checkpoint."""
-    if checkpoint.state["best_epoch"] == checkpoint.state["epoch"]:
-        save_best(folder, checkpoint)
+    """Save an epoch: metrics.csv and the checkpoint, which has the best weights too."""
     write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
     save_checkpoint(folder, checkpoint)
 

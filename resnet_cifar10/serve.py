@@ -38,6 +38,7 @@ except ImportError as missing:
 
 from .explain import activation, heat_map
 from .infer import Classifier
+from .names import printable
 from .photo import read_photo, views
 
 UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive
@@ -139,7 +140,7 @@ async def _files(request: Request) -> list[tuple[str, bytes]]:
 
 def _shown(name: str | None) -> str:
     last = (name or "").replace("\\", "/").rpartition("/")[2]
-    return "".join(character for character in last if character.isprintable()).strip(". ")[:100] or "-"
+    return printable(last).strip(". ")[:100] or "-"
 
 
 def application(model: str, host: str) -> ASGIApp:

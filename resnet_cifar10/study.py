@@ -45,7 +45,10 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     Under torchrun each process calls this; the first one alone writes and prints.
 
     Raises:
-        ValueError: If settings, data, device and output folder do not fit together; before anything is written.
+        ValueError: If settings, data, device and output folder do not fit together, before anything is written; or what an
+            earlier start wrote is damaged.
+        JobFailed: If a run failed, after all the others have ended; or at once, if another process has ended.
+        Interrupted: After Ctrl-C or SIGTERM.
 
     """
     device = pick_device("cpu" if (framework, device) == ("tensorflow", "auto") else device)
@@ -60,6 +63,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         done = [[(folder / "result.json").exists() for *_, folder in runs]]
         if dist.is_initialized():  # the file system of another host may be late
             dist.broadcast_object_list(done)
+        failed = []
         for number, ((setting, seed, folder), is_done) in enumerate(zip(runs, done[0], strict=True), 1):
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
@@ -67,7 +71,13 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                 rest = zip(runs[number:], done[0][number:], strict=True)
                 later = sum(other.epochs * _size(other) for (other, *_), over in rest if not over)
                 with locked(folder) if rank == 0 else nullcontext():
-                    run(setting, seed, read, folder, device, rank, framework, later)
+                    try:
+                        run(setting, seed, read, folder, device, rank, framework, later)
+                    except JobFailed as error:
+                        failed.append(str(error))
+                        print(f"failed: {error}", flush=True)
+    if failed:
+        raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
@@ -103,7 +113,12 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     `later` is what other runs still have to do, in epochs x depth x width; it is told as time.
 
     Returns:
-        The content of result.json, whose presence means done.
+        The content of result.json, whose presence means done; {} where the rank is not 0.
+
+    Raises:
+        ValueError: If setting and data do not fit together, or the folder holds something damaged.
+        JobFailed: If the loss, or a logit of the trained network, is not finite.
+        Interrupted: After Ctrl-C or SIGTERM.
 
     """
     keep_memory()
@@ -241,7 +256,7 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     """
     everything = read("train")
     if everything is None:
-        raise ValueError("the data set has no training split")
+        raise ValueError("--data: found no training split; allowed: data with one, such as a folder with train/<class>/*")
     if setting.validation_size and (own := read("val")):
         training, validation = everything, own
     else:
@@ -303,7 +318,13 @@ def _check_classes(where: str, config: dict[str, Any], data: Split) -> None:
 
 @contextmanager
 def joined_processes(device: str) -> Iterator[int]:
-    """Join the other processes that torchrun started, if it did; give the rank of this one. Only rank 0 prints."""
+    """Join the other processes that torchrun started, if it did; give the rank of this one. Only rank 0 prints.
+
+    Raises:
+        ValueError: If torchrun was told to restart what it cannot.
+        JobFailed: If another process has ended.
+
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
         return

@@ -58,6 +58,16 @@ def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> 
     assert printed.startswith(str([str(digit) for digit in range(10)]))
 
 
+@pytest.mark.parametrize("wrong", [
+    ("evaluate", "resnet32", "--data", "x" * 300), ("export", "x" * 300, "--out", "here.onnx"),
+    ("report", "x" * 300, "--out", "here"), ("report", ".", "--out", "x" * 300),
+])  # fmt: skip
+def test_a_path_that_no_disk_takes_is_wrong_input(wrong: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "too long" in run(*wrong, status=2).err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_model_needs_neither_its_graph_nor_its_card_to_be_evaluated(digits_run: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((digits_run / "model" / name).read_bytes())

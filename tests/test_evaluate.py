@@ -130,6 +130,10 @@ def test_temperature_undoes_a_scaling_of_calibrated_logits(factor):
     assert ev.calibration_error(factor * logits / temperature, labels) < 1.5
 
 
+def test_without_a_mistake_the_temperature_makes_no_answer_more_certain():
+    assert ev.fit_temperature(torch.tensor([[0.3, 0.0], [0.0, 0.2]]), torch.tensor([0, 1])) == 1
+
+
 # --- the interval ---
 
 

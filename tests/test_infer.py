@@ -278,6 +278,17 @@ def test_the_activation_map_averages_to_the_logit(model: Path) -> None:
     assert np.allclose(torch.tensor(logits).softmax(1).numpy(), probabilities, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_picture_of_too_many_scans_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    file = tmp_path / "photo.jpg"
+    more = {"save_all": True, "append_images": [Image.new("RGB", (64, 64))]} if kind == "MPO" else {}
+    Image.new("RGB", (64, 64)).save(file, kind, progressive=True, **more)
+    assert read_photo(file).size == (64, 64)
+    monkeypatch.setattr("resnet_cifar10.photo.MAX_SCANNED_PIXELS", 64 * 64)  # one scan; this one has more
+    with pytest.raises(ValueError, match="more scans than any camera writes"):
+        read_photo(file)
+
+
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("empty.jpg", b"", "empty; allowed: JPEG"), ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
     ("missing.jpg", None, "No such file"), ("x" * 300, None, "too long"), ("folder.png/", None, "holds no photo"),

@@ -180,6 +180,15 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
     assert [row[-1].count("unfinished") for row in _Tables(page).tables[0][1:]] == [3, 3, 2]
 
 
+def test_the_only_finished_setting_is_not_called_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", ONE, 0, 90.0)
+    write_run(tmp_path / "study", TWO, 0, None)
+    page = report([tmp_path / "study"], tmp_path / "out").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    for written in (page, text):
+        assert "In detail: Setting #1" in written and "best by validation" not in written and "The best setting" not in written
+
+
 def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Path, tmp_path: Path) -> None:
     assert "no run: each equals an uninterrupted one" in (out / "report.md").read_text()
     folder = write_run(tmp_path / "study", ONE, 0, None)
@@ -210,9 +219,11 @@ def test_findings_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path)
             f"(95 % interval −{-low:.2f} to −{-high:.2f} points; 3 against 3 seeds, Welch's t test, p = {p:.2g}). "
             "Which of the changes did it, this comparison does not tell.") in text  # fmt: skip
     assert "**Setting #3 against Setting #2.** Differs in model (resnet20 instead of resnet32). 1.10 points better" in text
-    assert "One seed cannot tell the setting from chance: the choice of test images alone leaves 93.0 to 94.0 %" in text
+    # by hand: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.4 * 7.6 / 10,000) = 0.71
+    assert "The choice of test images leaves +0.39 to +1.81 points" in text
+    assert "what another seed would change, one seed of Setting #3 cannot tell." in text
+    assert "One seed of Setting #3: how far another one would end" in text and "\n- 3 seeds of the others: an interval" in text
     assert "Setting #1 95.0 against 91.0 % (+4.0 points)" in text
-    assert "within a point of its best in epoch 5 of 6 (Setting #1)" in text
 
 
 def test_welch() -> None:
@@ -270,6 +281,8 @@ def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path
         assert "Setting #2 also stands for Setting #1." in written
     assert (tmp_path / "out" / "plots" / "signals-backward.png").exists()
     shutil.rmtree(tmp_path / "study" / "plain")
+    deep = ONE.model_copy(update={"name": "Deep", "model": "resnet56"})  # depth alone explains nothing
+    write_json(write_run(tmp_path / "study", deep, 0, 90.0) / "signals.json", {"activation": [1.0], "gradient": [1.0]})
     assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()
 
 

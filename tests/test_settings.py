@@ -131,6 +131,7 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "no patience": ("patience = 0", ["'patience'", "0"]),
     "nesterov without momentum": ("nesterov = true\nmomentum = 0", ["'nesterov'", "momentum"]),
     "milestones out of order": ("lr_milestones = [0.75, 0.5]", ["'lr_milestones'", "[0.75, 0.5]"]),
+    "no milestones": ('lr_decay = "step"\nlr_milestones = []', ["lr_milestones", "at least 1"]),
     "milestones in epochs": ("lr_milestones = [100, 150]", ["'lr_milestones'", "100"]),
     "no seed": ("seeds = []", ["'seeds'", "[]"]),
     "seed twice": ("seeds = [1, 1]", ["'seeds'", "[1, 1]"]),

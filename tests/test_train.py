@@ -301,6 +301,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Pat
     assert not (tmp_path / "result.json").exists()
 
 
+def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
+    wild = {"lr": 100.0, "normalization": "none", "shortcut": "none", "model": "resnet56", "epochs": 5}
+    with pytest.raises(JobFailed, match=r"1 of 2 runs failed: Wild, seed 0: the loss is no longer finite in epoch \d"):
+        study.study([setting(name="Wild", **wild), setting(name="Tame", epochs=1)], "images", tmp_path)
+    assert "failed: Wild, seed 0" in capsys.readouterr().out
+    assert (tmp_path / "tame/seed-0/result.json").exists() and not (tmp_path / "wild/seed-0/result.json").exists()
+
+
 @pytest.mark.parametrize("validation_size", [0, 20])
 def test_weights_that_the_last_step_spoilt_stop_the_run(tmp_path: Path, validation_size: int) -> None:
     one_step = setting(lr=100.0, normalization="none", model="resnet32", epochs=1, validation_size=validation_size)
