@@ -135,7 +135,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     """
     files: dict[Path, None] = {}
     for folder in folders:
-        found = sorted(folder.rglob("setting.json"), key=lambda file: re.sub(r"\d+", lambda m: m[0].zfill(9), str(file)))
+        found = sorted(folder.rglob("setting.json"), key=lambda file: Path(re.sub(r"\d+", lambda m: m[0].zfill(9), str(file))))
         if not found:
             raise ValueError(f"{folder}: holds no run; allowed: what 'train --out' wrote, or a run folder in it")
         files |= dict.fromkeys(file.resolve() for file in found)
