@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up themselves; nothing outside this folder but pip's cache is written.
+# `make demo` and `make test` do all the set-up themselves; nothing outside this folder is written but pip's cache and temporary files.
 PYTHON ?= python3
 BIN = .venv/bin
 export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor

@@ -65,7 +65,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     if accuracy(logits, labels) == 100:
         return 1.0
-    low, high = -3.0, 3.0  # of log T; with a mistake the likelihood has one minimum, so each third that is dropped is the wrong one
+    low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third that is dropped is the wrong one
     for _ in range(60):
         a, b = low + (high - low) / 3, high - (high - low) / 3
         left, right = (negative_log_likelihood(logits / math.exp(t), labels) for t in (a, b))

@@ -92,8 +92,8 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
-        "Training time (m)": f"training and validation{', mean over the seeds' * (len(row.runs) > 1)}; by the clock, beside other "
-                             "work; it compares settings only where processor and threads are the same (last section)",
+        "Training time (m)": f"training and validation{', mean over the seeds' * (len(row.runs) > 1)}; by the clock, beside "
+                             "other work; it compares settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
@@ -148,8 +148,8 @@ def compare(row: Row, other: Row) -> str:
     if len(a) < 2 or len(b) < 2:
         variances = [np.mean(x) * (100 - np.mean(x)) / each.measured("test")[0]["n"] for x, each in ((a, row), (b, other))]
         margin, single = 1.96 * sum(variances) ** 0.5, join([each.name for x, each in ((a, row), (b, other)) if len(x) < 2])
-        return (f"{text} The choice of test images leaves {gain - margin:+.2f} to {gain + margin:+.2f} points (95 % interval, as "
-                f"if each had images of its own); what another seed would change, one seed of {single} cannot tell."
+        return (f"{text} The choice of test images leaves {gain - margin:+.2f} to {gain + margin:+.2f} points (95 % interval, "
+                f"as if each had images of its own); what another seed would change, one seed of {single} cannot tell."
                 .replace("leaves -", "leaves −").replace("to -", "to −"))  # fmt: skip
     tested = welch(a, b)
     if tested is None:
@@ -185,9 +185,9 @@ def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> lis
     if gaps:
         many, augmented = len(gaps) > MANY, any(row.setting.augmentation != "none" for row in finished)
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
+        changed = ", on augmented images: as they are, more of them are named rightly" * augmented
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
-                      f"{shown}. Training accuracy is counted during the epoch{', on augmented images: as they are, more are named rightly' * augmented}."
-                      .replace("(-", "(−")))  # fmt: skip
+                      f"{shown}. Training accuracy is counted during the epoch{changed}.".replace("(-", "(−")))  # fmt: skip
     return found
 
 
@@ -229,8 +229,8 @@ def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
 def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], classifier: Classifier | None,
           name: str) -> dict[str, str]:  # fmt: skip
     """Write what stands beside the pictures and tables, for both forms of the report; `name` is the classifier's."""
-    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands, where the lines are few, reach "
-             "from the lowest to the highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
+    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands, where the lines are few, "
+             "reach from the lowest to the highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
     alike = [f" {first.name} also stands for {join([row.name for row in more])}." for first, *more in groups if more]
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "

@@ -80,7 +80,7 @@ def square(image: Image.Image) -> Image.Image:
 
 
 def reduced(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """Reduce a box (left, top, right, bottom) of an image to 32x32 by area averaging; one that is smaller is enlarged bilinearly."""
+    """Reduce a box (left, top, right, bottom) of an image to 32x32 by area averaging (a smaller one: bilinearly)."""
     smallest = min(box[2] - box[0], box[3] - box[1])
     return image.resize((SIZE, SIZE), Image.Resampling.BOX if smallest >= SIZE else Image.Resampling.BILINEAR, box=box)
 

@@ -42,8 +42,8 @@ class Setting(BaseModel):
     augmentation: str = "crop_flip"  # "none", or parts of AUGMENTATIONS joined by "_"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     lr_decay: Literal["none", "step", "cosine", "linear"] = "none"
-    lr_milestones: list[float] = Field([0.5, 0.75], min_length=1)  # "step": where lr is multiplied by lr_factor, as fractions of the run
-    lr_factor: float = Field(0.1, gt=0, lt=1)
+    lr_milestones: list[float] = Field([0.5, 0.75], min_length=1)  # "step": fractions of the run where lr falls
+    lr_factor: float = Field(0.1, gt=0, lt=1)  # "step": what lr is multiplied by there
     warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
     patience: int | None = Field(None, ge=1, le=100_000)  # without a better validation accuracy, after the last decay
     validation_size: int = Field(5_000, ge=0, le=10_000_000)  # training images held out, stratified

@@ -62,7 +62,9 @@ def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> 
     ("evaluate", "resnet32", "--data", "x" * 300), ("export", "x" * 300, "--out", "here.onnx"),
     ("report", "x" * 300, "--out", "here"), ("report", ".", "--out", "x" * 300),
 ])  # fmt: skip
-def test_a_path_that_no_disk_takes_is_wrong_input(wrong: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_no_disk_takes_is_wrong_input(
+    wrong: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert "too long" in run(*wrong, status=2).err
     assert not [*tmp_path.iterdir()]
@@ -122,9 +124,9 @@ def test_the_built_in_model_has_the_accuracy_that_its_card_says_and_at_least_89_
     assert metrics["data"] == "CIFAR-10 (JPEG quality 75 copy)"
 
 
-def test_the_built_in_model_knows_a_cat_and_what_is_none_of_these(tmp_path: Path) -> None:
+def test_the_built_in_model_knows_a_cat_and_what_is_none_of_these() -> None:
     data = pytest.importorskip("skimage").data_dir
     files = [f"{data}/{name}" for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
     cat, coffee, rocket = json.loads(run("infer", *files, "--json").out)
     assert (cat["label"], cat["rejected"]) == ("cat", False)
-    assert cat["membership"] > max(coffee["membership"], rocket["membership"])
+    assert coffee["rejected"] and rocket["rejected"]

@@ -268,7 +268,8 @@ def test_a_hostile_pickle_runs_nothing_and_is_named(cifar_folder, tmp_path, monk
 )
 def test_any_other_name_in_a_pickle_is_refused(cifar_folder, module, name):
     (cifar_folder / "data_batch_1").write_bytes(named(module, name))
-    assert str(cifar_folder) in sentence(cifar_folder) and "data_batch_1" in sentence(cifar_folder)
+    for part in (str(cifar_folder), "data_batch_1", "which no CIFAR batch needs"):
+        assert part in sentence(cifar_folder)
 
 
 def test_an_image_of_a_parquet_file_that_does_not_decode_is_named(tmp_path):
@@ -308,7 +309,7 @@ def test_a_parquet_file_without_rows_is_named(tmp_path):
 @pytest.mark.parametrize("labels", [[0, 10], [0, -1], [0, None]], ids=repr)
 def test_a_label_of_a_parquet_file_that_has_no_class_is_refused(tmp_path, labels):
     write_parquet(tmp_path / "train.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], labels, CLASSES)
-    assert str(tmp_path) in sentence(tmp_path) and "label" in sentence(tmp_path)
+    assert "label" in sentence(tmp_path).replace(str(tmp_path), "")
 
 
 def test_a_damaged_parquet_file_is_named(png_parquet):
@@ -316,7 +317,7 @@ def test_a_damaged_parquet_file_is_named(png_parquet):
     whole = file.read_bytes()
     for damaged in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-6], whole[:1000] + bytes(3000) + whole[4000:]):
         file.write_bytes(damaged)
-        assert "parquet" in sentence(png_parquet)
+        assert file.name in sentence(png_parquet)
 
 
 def test_a_parquet_file_of_something_else_is_named(tmp_path):
@@ -346,7 +347,7 @@ def test_a_parquet_file_without_class_names_is_not_taken_for_cifar10(tmp_path):
 @pytest.mark.parametrize("names", [["cat", "cat"], ["a\nb", "c"], ["a"], "ab", [1, 2], None], ids=repr)
 def test_class_names_of_a_parquet_file_are_checked(tmp_path, names):
     write_parquet(tmp_path / "train.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], [0, 1], names)
-    assert "train.parquet" in sentence(tmp_path) and "names" in sentence(tmp_path)
+    assert "train.parquet" in sentence(tmp_path) and "names" in sentence(tmp_path).replace(str(tmp_path), "")
 
 
 def test_a_picture_in_a_parquet_file_is_read_as_one_in_a_folder(tmp_path):

@@ -25,6 +25,7 @@ TABLE = f"""
 [[setting]]
 name = "Shared"
 model = "resnet8"
+width = 8
 batch_size = 24
 lr = 0.02
 epochs = {EPOCHS}
@@ -126,9 +127,11 @@ def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(tmp_path: Pa
     epoch_seconds = read_metrics(undisturbed)[-1]["train_seconds"]
     process = launch(out, 2)
     while not (victim := processes_of(out, rank=1)):
+        assert process.poll() is None
         time.sleep(0.1)
     if number % 2 == 0:  # in the second or third epoch, else while it starts or in the first
         while not metrics.exists():
+            assert process.poll() is None
             time.sleep(0.05)
     if number:
         time.sleep(chance.uniform(0, 0.6 * (EPOCHS - 1)) * epoch_seconds)
@@ -152,6 +155,7 @@ def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, 
     time.sleep(2)  # so that this one has rank 0 and the rendezvous
     second = start(out, *host, **SEVERAL_HOSTS)
     while not (out / "shared/seed-0/metrics.csv").exists():
+        assert first.poll() is None
         time.sleep(0.1)
     for pid in [second.pid, *processes_of(out, rank=1)]:
         os.kill(pid, signal.SIGKILL)

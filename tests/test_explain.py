@@ -65,7 +65,7 @@ def test_it_looks_where_the_animal_is() -> None:
         photo = Image.new("RGB", (900, 300), (120, 140, 120))
         photo.paste(cat, (450, 0))
     classifier = Classifier()
-    for picture, side in ((photo, "right"), (photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "left")):
-        heat = activation(classifier, picture, "cat").clip(min=0)
+    for picture, step in ((photo, 1), (photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT), -1)):
+        heat = activation(classifier, picture, "cat").clip(min=0)[:, ::step]
         assert heat.shape == (16, 16)
-        assert (heat[:, 8:].sum() > 2 * heat[:, :8].sum()) == (side == "right")
+        assert heat[:, 8:].sum() > 2 * heat[:, :8].sum()

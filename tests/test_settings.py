@@ -150,9 +150,9 @@ def test_a_mistake_in_a_row_names_file_row_and_key(tmp_path, line, named):
     file = write(tmp_path, f'[[setting]]\nname = "Good"\n[[setting]]\nname = "My row"\n{line}\n')
     with pytest.raises(ValueError) as error:
         load_settings(file)
-    sentence = one_line(error)
-    for part in (str(file), "My row", *named):
-        assert part in sentence
+    assert str(file) in one_line(error)
+    for part in ("My row", *named):
+        assert part in one_line(error).replace(str(file), "")
 
 
 def test_a_mistake_in_the_defaults_names_the_key(tmp_path):
@@ -197,7 +197,7 @@ def test_a_wrong_name_names_file_and_key(tmp_path, line):
     file = write(tmp_path, f"[[setting]]\n{line}\n")
     with pytest.raises(ValueError) as error:
         load_settings(file)
-    assert str(file) in one_line(error) and "name" in one_line(error)
+    assert str(file) in one_line(error) and "name" in one_line(error).replace(str(file), "")
 
 
 @pytest.mark.parametrize(("first", "second"), [("same", "same"), ("Setting #1", "setting 1")])

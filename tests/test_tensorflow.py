@@ -50,13 +50,13 @@ def channels_last(images: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize(("depth", "block", "activation"), [
-    (20, "post", "relu"), (20, "pre", "leaky_relu"), (32, "post", "relu"), (32, "pre", "leaky_relu"),
+    (20, "post", "relu"), (32, "pre", "leaky_relu"),
 ])  # fmt: skip
 def test_the_same_weights_give_the_same_logits(depth: int, block: str, activation: str) -> None:
     model, architecture = network(row(model=f"resnet{depth}", block=block, activation=activation), torch.float32)
     theirs = twin.from_pytorch(model, architecture)
-    images = torch.randn(128, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for training in (True,) * 8 + (False,):  # with the statistics of the batch, then with the running ones that this gave
+    images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for training in (True, True, False):  # with the statistics of the batch, then with the running ones that this gave
         with torch.inference_mode():
             logits = model.train(training)(images)
         answer = torch.from_numpy(theirs(channels_last(images), training=training).numpy())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run
+from conftest import ROOT, run
 
 from resnet_cifar10 import run_folder, study
 from resnet_cifar10.data import Split, normalise
@@ -24,7 +24,7 @@ from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
-from resnet_cifar10.settings import Setting
+from resnet_cifar10.settings import Setting, load_settings
 from resnet_cifar10.signals import signals
 from resnet_cifar10.storage import load_model
 from resnet_cifar10.study import claim, epoch_line, evaluate_model, split_data
@@ -292,6 +292,18 @@ def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
     claim([(setting(), 0, tmp_path / "run")], data)
     with pytest.raises(ValueError, match="width was 16, is 32"):
         claim([(setting(width=32), 0, tmp_path / "run")], data)
+
+
+def test_the_table_of_the_readme_begins_with_the_built_in_network_but_its_last_layer(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text((ROOT / "README.md").read_text().partition("```toml\n")[2].partition("```")[0])
+    (row,) = load_settings(tmp_path / "my.toml")
+
+    def read(part: str) -> Split | None:
+        return images(200) if part == "train" else None
+
+    claim([(row, 0, tmp_path / "run")], read)
+    first = study._first_weights(row, 0, split_data(row, 0, read)[0], read)
+    assert "conv.weight" in first and not any(name.startswith("linear.") for name in first)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_and_lr(tmp_path: Path) -> None:
