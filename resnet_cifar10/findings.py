@@ -52,11 +52,11 @@ def cells(row: Row, seeds: set[int]) -> list[str]:
     model = s.model.replace("resnet", "ResNet" if s.shortcut == "identity" else "Plain")
     model += f", width {s.width}" if s.width != 16 else ""
     sgd = "SGD (momentum)" if s.momentum else "SGD"
-    accuracy = [spread(tests) + (f"\n(n = {len(tests)})" if len(tests) > 1 else "")] if tests else []
+    accuracy = [spread(tests) + (f"\n(n = {len(tests)})" if len(seeds) > 1 else "")] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
     accuracy += [(f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
                  for run in row.runs if not run.result]  # fmt: skip
-    accuracy += [f"seed {seed} missing" for seed in sorted(seeds - {run.seed for run in row.runs})]
+    accuracy += [f"seed {seed} missing" for seed in sorted(seeds - {run.seed for run in row.runs}) if len(row.runs) > 1]
     return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
             WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs), WORDS[s.normalization],
             "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
@@ -92,8 +92,8 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
-        "Training time (m)": f"training and validation{', mean over the seeds' * (len(row.runs) > 1)}; by the clock, beside "
-                             "other work; it compares settings only where processor and threads are the same (last section)",
+        "Training time (m)": "training and validation, of several seeds the mean; by the clock, beside other work; it compares "
+                             "settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "

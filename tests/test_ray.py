@@ -141,8 +141,8 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
     assert output.count(": done") == 2 * SEEDS
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
     assert len(outcome(tmp_path / "ray")) == 2 * SEEDS
-    for folder, rows in before.items():  # with their times: no whole epoch was done again
-        assert read_metrics(folder)[: len(rows)] == rows
+    for folder, rows in before.items():  # with their times: no epoch was done again, but one that had no checkpoint yet
+        assert read_metrics(folder)[: len(rows) - 1] == rows[:-1]
         assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == ""
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").glob("*/*/*.safetensors")}

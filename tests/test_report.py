@@ -170,7 +170,8 @@ def test_the_table_has_the_14_columns_in_the_words_of_the_assignment(out: Path) 
 def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     row = _Tables(page).tables[0][3]
-    assert row[0] == "Setting #3" and row[-1].split("\n") == ["93.50", "seed 1 unfinished: epoch 2 of 6", "seed 2 missing"]
+    assert row[0] == "Setting #3"
+    assert row[-1].split("\n") == ["93.50", "(n = 1)", "seed 1 unfinished: epoch 2 of 6", "seed 2 missing"]
     assert "Runs still unfinished: 1 of 8" in page
 
     for result in study.glob("*/*/result.json"):

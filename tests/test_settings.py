@@ -321,7 +321,7 @@ def test_a_better_epoch_starts_patience_anew():
 
 @given(
     decay=st.sampled_from(["none", "step"]),
-    milestones=st.lists(st.integers(1, 19), max_size=4, unique=True).map(lambda m: sorted(x / 20 for x in m)),
+    milestones=st.lists(st.integers(1, 19), min_size=1, max_size=4, unique=True).map(lambda m: sorted(x / 20 for x in m)),
     warmup=st.sampled_from([0.0, 0.1, 0.5]),
     epochs=st.integers(1, 50),
 )
