@@ -185,6 +185,7 @@ def report(
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
     words: Annotated[Path | None, typer.Option(help="A Markdown file of interpretation, shown under 'Why'.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The setting that the others are compared with.")] = None,
+    goal: Annotated[float | None, typer.Option(min=0, max=100, help="The test accuracy in percent that was asked for.")] = None,
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
@@ -194,7 +195,7 @@ def report(
 
     if archive:
         check_archive(archive)
-    print(f"report: {write_report(runs, out, photo or [], photo_model, words, baseline)}")
+    print(f"report: {write_report(runs, out, photo or [], photo_model, words, baseline, goal)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
         print(f"packed: {archive}")

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from .infer import Classifier
-from .results import Row, differing, join, spread, welch
+from .results import ALIKE, Comparison, Row, differing, join, signed, spread, welch
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
            "Early stopping epoch", "Accuracy")  # fmt: skip
+DIFFERENCES = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
 WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "SiLU", "he_normal": "He_normal",
          "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW", "muon": "Muon",
          "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
@@ -21,13 +22,13 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
                  "altflip": "each image mirrored in every second epoch",
                  "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
-MANY = 5  # settings, from here on the findings name only the extremes
+MANY = 5  # settings; of more the findings name only the extremes
 
 
-def span(numbers: Iterable[int]) -> str:
+def span(numbers: Iterable[float], form: str = ",") -> str:
     """Write the first and the last: "158–171", or "158" where all are the same."""
     values = sorted(numbers)
-    return "–".join(f"{value:,}" for value in dict.fromkeys(values[:1] + values[-1:]))
+    return "–".join(dict.fromkeys(f"{value:{form}}" for value in values[:1] + values[-1:]))
 
 
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
@@ -60,7 +61,7 @@ def cells(row: Row, seeds: set[int]) -> list[str]:
     return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
             WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs), WORDS[s.normalization],
             "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
-            f"{np.mean(minutes):.1f}" if minutes else "–", span(run.result["best_epoch"] for run in row.done) or "–",
+            span(minutes, ".1f") or "–", span(run.result["best_epoch"] for run in row.done) or "–",
             "\n".join(accuracy)]  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def meaning(row: Row) -> dict[str, str]:
     s = row.setting
     momentum = f"momentum {s.momentum:g}{', Nesterov' if s.nesterov or s.optimizer == 'muon' else ''}"
     percent, epochs = (join([f"{m * whole:g}" for m in s.lr_milestones]) for whole in (100, s.epochs))
-    decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (epochs {epochs})",
+    decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (after {epochs} epochs)",
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
@@ -81,7 +82,7 @@ def meaning(row: Row) -> dict[str, str]:
         kept = "the last one: no images were held out to choose by"
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
     decayed = np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1)
-    decayed += " times lr of each weight in a step, apart from the gradient" if s.optimizer in ("adamw", "muon") else ""
+    decayed += ", decoupled: each step shrinks a weight by lr times this" if s.optimizer in ("adamw", "muon") else ""
     imitation = f"{100 * s.teacher_weight:g} % of the loss is imitation of {s.teacher} at temperature {s.teacher_temperature:g}"
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
@@ -92,17 +93,17 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
-        "Training time (m)": "training and validation, of several seeds the mean; by the clock, beside other work; it compares "
-                             "settings only where processor and threads are the same (last section)",
+        "Training time (m)": "minutes of training and validation by the clock, while other work ran, from the fastest to the "
+                             "slowest seed; they compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
-        "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; with several seeds "
-                    "the mean ± sample standard deviation over n seeds",
+        "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; mean ± sample "
+                    "standard deviation where n, the number of seeds, is above 1",
     }  # fmt: skip
 
 
-def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
-    """Write the result in three or four sentences."""
+def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None) -> str:
+    """Write the result in three or four sentences; `goal` is the test accuracy in percent that was asked for."""
     runs = [run for row in rows for run in row.runs]
     waiting = sum(not run.result for run in runs)
     last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
@@ -122,56 +123,41 @@ def answer(rows: Sequence[Row], best: Row | None, data: str) -> str:
         test = best.measured("test")[0]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
         trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
-        text += f" It names {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
-        others = [row for row in rows if row is not best and row.accuracies("test")]
-        few = [row.name for row in others if min(len(row.accuracies("test")), len(tests)) < 2]
-        compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others if row.name not in few]
-        alike = [name for name, tested in compared if tested and tested[0] >= 0.05]
-        who = join(alike, "or") if len(alike) < 5 else f"{len(alike)} of the others"
-        text += f" Each tested by itself, the seeds cannot tell it from {who}." if alike else ""
-        text += f" Too few seeds to compare it with {join(few) if len(few) < 5 else f'{len(few)} others'}." if few else ""
+        text += f" It classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
+        tested = [row for row in rows if row.accuracies("test")]
+        if goal:
+            reached = join([row.name for row in tested if np.mean(row.accuracies("test")) >= goal]) or "no setting"
+            text += f" At least {goal:g} % were asked for: reached by {reached}."
+        others = [row for row in tested if row is not best]
+        compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others]
+        if alike := [name for name, found in compared if found and found[0] >= 0.05]:
+            text += f" Each tested by itself, the seeds cannot tell it from {join(alike, 'or')}."
+        single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
+        if single and others:
+            each, them = (" each", "them") if len(single) > 1 else ("", "it" if len(tests) > 1 else "the others")
+            text += f" With one seed{each} of {join(single)}, its distance from {them} is that of single runs."
     return text + last
 
 
-def compare(row: Row, other: Row) -> str:
-    """Say in what a row differs from another, what that gained and whether the seeds can tell."""
-    keys, a, b = differing(row, other), row.accuracies("test"), other.accuracies("test")
-    values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in keys]
+def differences(compared: Comparison) -> list[str]:
+    """Fill the columns of DIFFERENCES."""
+    row, other, p = compared.row, compared.other, compared.p
+    values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in differing(row, other)]
     values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
-    changes = join([f"{key} ({value} instead of {before})" for key, value, before in values]).replace("None", "none")
-    text = f"Differs in {changes or 'nothing but the name'}."
-    if not a or not b:
-        return f"{text} There is no test accuracy of {'one of the two' if a or b else 'either'} to compare."
-    gain = float(np.mean(a) - np.mean(b))
-    amount = "No difference" if f"{abs(gain):.2f}" == "0.00" else f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'}"
-    text += f" {amount} ({np.mean(a):.2f} against {np.mean(b):.2f} %)."
-    if len(a) < 2 or len(b) < 2:
-        variances = [np.mean(x) * (100 - np.mean(x)) / each.measured("test")[0]["n"] for x, each in ((a, row), (b, other))]
-        margin, single = 1.96 * sum(variances) ** 0.5, join([each.name for x, each in ((a, row), (b, other)) if len(x) < 2])
-        return (f"{text} The choice of test images leaves {gain - margin:+.2f} to {gain + margin:+.2f} points (95 % interval, "
-                f"as if each had images of its own); what another seed would change, one seed of {single} cannot tell."
-                .replace("leaves -", "leaves −").replace("to -", "to −"))  # fmt: skip
-    tested = welch(a, b)
-    if tested is None:
-        return f"{text} The seeds of neither vary, so no test can be made."
-    p, low, high = tested
-    interval = f"95 % interval {low:+.2f} to {high:+.2f} points".replace("-", "−")
-    text += (f" The seeds {'can' if p < 0.05 else 'cannot'} tell the two apart ({interval}; {len(a)} against {len(b)} seeds, "
-             f"Welch's t test, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}).")  # fmt: skip
-    return text + (" Which of the changes did it, this comparison does not tell." if len(values) > 1 and p < 0.05 else "")
+    changes = join([f"{key} {' instead of '.join(v if isinstance(v, str) else str(v).lower() for v in both)}"
+                    for key, *both in values])  # fmt: skip
+    interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
+    told = "yes" if compared.stands else "by itself only" if p is not None and p < 0.05 else "no"
+    if p is None:
+        told = f"one seed of {join(compared.single)}" if compared.single else "the seeds of neither vary"
+    shown = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return [row.name, other.name, changes or "nothing but the name", signed(compared.gain), interval, shown, told]
 
 
-def pairs(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, Row]]:
-    """Pair every finished row with the baseline, and with each other row that it repeats with one more change."""
-    counted = [(row, len(differing(row, baseline))) for row in rows if row.done] if baseline else []
-    return [(row, other) for row, changes in counted if row is not baseline for other, fewer in counted
-            if other is baseline or (0 < fewer < changes and len(differing(row, other)) == 1)]  # fmt: skip
-
-
-def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> list[tuple[str, str]]:
+def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
     """Write what the numbers carry, and no more: (lead, text)."""
     finished = [row for row in rows if row.done]
-    found = [(f"{row.name} against {other.name}", compare(row, other)) for row, other in pairs(rows, baseline)]
+    found = []
     tested = [row for row in finished if row.accuracies("test")]
     highest = max(tested, key=lambda row: float(np.mean(row.accuracies("test"))), default=best)
     if best and highest and highest is not best:
@@ -181,47 +167,27 @@ def findings(rows: Sequence[Row], best: Row | None, baseline: Row | None) -> lis
     for row in (row for row in finished if row.accuracies("validation")):
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
-        gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({train - seen:+.1f} points)"))
+        gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({signed(train - seen, 1)} points)"))
     if gaps:
         many, augmented = len(gaps) > MANY, any(row.setting.augmentation != "none" for row in finished)
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
-        changed = ", on augmented images: as they are, more of them are named rightly" * augmented
+        changed = ", on augmented images: as they are, more of them are classified correctly" * augmented
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
-                      f"{shown}. Training accuracy is counted during the epoch{changed}.".replace("(-", "(−")))  # fmt: skip
+                      f"{shown}. Training accuracy is counted during the epoch{changed}."))  # fmt: skip
     return found
 
 
-def gains(rows: Sequence[Row], baseline: Row | None) -> list[tuple[Row, float, float, float]]:
-    """List what each row gained over the baseline in points of test accuracy, with its 95 % interval, lowest first."""
-    found, b = [], baseline.accuracies("test") if baseline else []
-    for row in (row for row in rows if row is not baseline):
-        a = row.accuracies("test")
-        if tested := welch(a, b):
-            found.append((row, float(np.mean(a) - np.mean(b)), *tested[1:]))
-    return sorted(found, key=lambda gain: gain[1])
-
-
-def limits(rows: Sequence[Row], baseline: Row | None, data: str) -> list[str]:
-    """Say what these runs cannot show, and which comparisons do not stand Holm's correction for their number."""
-    tests = {f"{row.name} with {other.name}": welch(row.accuracies("test"), other.accuracies("test"))
-             for row, other in pairs(rows, baseline)}  # fmt: skip
-    tested = {names: test[0] for names, test in tests.items() if test}
+def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> list[str]:
+    """Say what these runs cannot show."""
     single, epochs = [row.name for row in rows if len(row.done) == 1], [row.setting.epochs for row in rows]
     several, said = [len(row.done) for row in rows if len(row.done) > 1], []
     if single:
         of = f"of {join(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
-    if tested:
+    if any(each.p is not None for each in compared):
         said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
                     "show that there is no difference. The intervals are of the chance of the seeds alone, which they take as "
                     "normally distributed; all settings were measured with the same test images.")  # fmt: skip
-    if len(tested) > 1:
-        ranked = sorted(tested, key=tested.__getitem__)
-        stand = [tested[name] * (len(ranked) - i) < 0.05 for i, name in enumerate(ranked)]  # Holm 1979
-        fallen = [name for i, name in enumerate(ranked) if tested[name] < 0.05 and not all(stand[: i + 1])]
-        told = f"no longer certain: {join(fallen)}" if fallen else "the same ones tell" if any(stand) else "none tells"
-        said.append("Each comparison is tested by itself: of twenty without a true difference, one is expected to look real. "
-                    f"Tested as {len(ranked)} at once (Holm's correction, 5 %), {told}.")  # fmt: skip
     return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
             "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
@@ -231,30 +197,39 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     """Write what stands beside the pictures and tables, for both forms of the report; `name` is the classifier's."""
     lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands, where the lines are few, "
              "reach from the lowest to the highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
-    alike = [f" {first.name} also stands for {join([row.name for row in more])}." for first, *more in groups if more]
+    alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
+             f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
-        "curves": f"{lines}The number at a curve is its value in the last epoch. In the plots of single settings a dot is the "
-                  "epoch whose weights were kept; below is the learning rate. All was measured while training, in its "
-                  "precision; the tables measure the kept weights again, in float32, which can differ by some tenths of a "
-                  "point.",
-        "nothing": "One setting without validation images: there is nothing to compare."
-                   if any(row.done for row in rows) else "Nothing yet: no run is finished.",
+        "curves": f"{lines}The number at a curve is the validation accuracy of the kept weights, as in the table of results, "
+                  "and a dot is the epoch that they are of. All was measured while training, in its precision; the kept "
+                  "weights are measured again, in float32, which can differ by some tenths of a point.",
+        "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
+                  "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept weights.",
+        "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
+        "differences": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
+                       "Welch's t test, and the last column says whether the seeds tell the two apart: yes, also when all "
+                       "comparisons of this table are tested at once (Holm's correction, 5 %); by itself only: of twenty such "
+                       "tests of equal settings one is expected to say so; or no. With one seed on a side the interval is of "
+                       "the choice of test images alone, as if each setting had images of its own, which makes it too wide; "
+                       "how far another seed would end is not known. Where several things differ, a comparison does not tell "
+                       "which of them did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
                    "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
                    f"straight slope is the same factor in every block.{''.join(alike)}",
         "mistakes": "Each with its true class, the class it was taken for, and the probability given to that.",
-        "classes": "Accuracy of a class: the share of its images that were named correctly. Precision: of the images given "
-                   "this name, the share that deserved it.",
+        "classes": "Accuracy of a class: the share of its images that were classified correctly. Precision: of the images "
+                   "given this name, the share that deserved it. Both are means over the seeds.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }  # fmt: skip
     if baseline:
-        told["differences"] = (f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch); "
-                               "grey: the interval includes 0. The axis is logarithmic beyond 2 points.")  # fmt: skip
+        told["gains"] = (f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled: "
+                         "the seeds tell the two apart, also when all comparisons are tested at once; hollow: by itself only; "
+                         "grey: they cannot. The axis is logarithmic beyond 2 points.")  # fmt: skip
     if classifier:
         told["photos"] = (f"Classified by {name}, of {len(classifier.classes)} classes, trained on "
-                          f"{classifier.config.get('data', 'unknown data')}. “None of these”: its likeness to the "
+                          f"{classifier.config['data']}. “None of these”: its likeness to the "
                           "classes, less a penalty for odd textures, is below the model's threshold.")  # fmt: skip
     return told
 
@@ -279,5 +254,5 @@ def provenance(row: Row) -> dict[str, str]:
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
         "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),
-        "Not bit-exact": "; ".join(marked) or "no run: each equals an uninterrupted one on its machine",
+        "Not bit-exact": "; ".join(marked) or "none: each run equals an uninterrupted one on its machine",
     }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .results import Row, join
+from .results import Comparison, Row, join, signed
 from .settings import slug
 
 INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
@@ -86,17 +86,18 @@ def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) 
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, tuple[str, Any]]]) -> None:
-    """Write (height, text, line) at the right of the axes, moved apart where they would overlap."""
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, tuple[str, Any]]]) -> None:
+    """Write (x, height, text, line) at the right of the axes, moved apart where they would overlap."""
     axes.get_ylim()  # settles the limits
-    step = 0.21 / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
+    step = 0.21 / axes.get_position().height / axes.figure.get_size_inches()[1]  # a line of text, as a share of the axes
     place = -math.inf
-    ends = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[:2])
-    for i, (height, text, (colour, dashes)) in enumerate(ends):
-        wanted = min(max(axes.transLimits.transform(axes.transScale.transform((1, height)))[1], 0), 1)
-        place = max(place + step, min(wanted, 1 - step * (len(ends) - 1 - i)), 0)
-        line = {"arrowstyle": "-", "color": colour, "linestyle": dashes, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(text, (1, wanted), (1.12, place), xycoords="axes fraction", color=colour, va="center", arrowprops=line)
+    ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1:3])
+    for i, (x, height, text, (colour, _)) in enumerate(ends):
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, height)))
+        up = min(max(up, 0), 1)
+        place = max(place + step, min(up, 1 - step * (len(ends) - 1 - i)), 0)
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(text, (across, up), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=leader)
 
 
 def shortened(name: str) -> str:
@@ -104,104 +105,155 @@ def shortened(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:31]}…"
 
 
+def _log_scale(axes: Any, digits: Sequence[int]) -> None:
+    """Make the y axis logarithmic, with plain numbers at these digits."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def mark_kept(axes: Any, row: Row, colour: str) -> None:
+    """Put a dot where the weights were kept, one for each seed."""
+    for run in row.done:
+        epoch = run.result["best_epoch"]
+        axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER, markersize=5)
+
+
+def reached(row: Row) -> tuple[float, str]:
+    """The validation accuracy of the kept weights, of an unfinished row the last one, and the words of a plot for it."""
+    value = float(np.mean(row.accuracies("validation") or row.curves("validation_accuracy")[:, -1]))
+    return value, f"{shortened(row.name)} {value:.1f}" + ("" if row.done else " (unfinished)")
+
+
 def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
-    """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged."""
-    title = "the top, enlarged" if enlarged else "the whole range"
-    highest = [float(row.curves("validation_accuracy").mean(0).max()) for row in rows]
-    top = max(float(row.curves("validation_accuracy").max()) for row in rows)
+    """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged, where it is smoothed."""
+    title = "the top, enlarged; thick: means over a twentieth of the run" if enlarged else "the whole range"
+    told = [(row, row.curves("validation_accuracy"), line_of(row.number), *reached(row)) for row in rows]
 
     def paint(figure: Any) -> None:
         axes, ends = figure.subplots(), []
-        for row in rows:
-            curves, line = row.curves("validation_accuracy"), line_of(row.number)
-            plot_curves(axes, curves if len(rows) <= len(LINES) else curves.mean(0)[None], line)  # many bands hide each other
-            end, name = float(curves.mean(0)[-1]), shortened(row.name)
-            ends.append((end, f"{name} {end:.1f}" + ("" if row.done else " (unfinished)"), line))
+        for row, curves, line, _, text in told:
+            mean = curves.mean(0)
+            if enlarged:
+                window = max(1, len(mean) // 20)
+                axes.plot(np.arange(1, len(mean) + 1), mean, color=line[0], alpha=0.3, linewidth=0.7)
+                mean = np.convolve(mean, np.ones(window) / window, "valid")
+                axes.plot(np.arange(len(mean)) + (window + 1) / 2, mean, color=line[0], linestyle=line[1])
+            else:
+                plot_curves(axes, curves, line)
+            mark_kept(axes, row, line[0])
+            ends.append((curves.shape[1], float(mean[-1]), text, line))
         if enlarged:
-            bottom = min(highest) - 3
-            first = min(int((row.curves("validation_accuracy").mean(0) >= bottom).argmax()) for row in rows)
-            axes.set(xlim=(max(0, first - 1), None), ylim=(bottom, top + 0.5))
+            axes.set(ylim=(min(value for *_, value, _ in told) - 6, max(curves.max() for _, curves, *_ in told) + 0.5))
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
 
-    reached = join([f"{row.name} {value:.1f} %" for row, value in zip(rows, highest, strict=True)])
-    alt = f"Validation accuracy by epoch, {title}; highest: {reached}"
+    alt = f"Validation accuracy by epoch, {title}: {join([f'{text} %' for *_, text in told])}"
     return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
 
 
+def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
+    """Plot the validation accuracy of each of many settings in a panel of its own, the baseline's in grey behind it."""
+    columns = 4
+    told = [(row, *reached(row)) for row in rows]
+
+    def paint(figure: Any) -> None:
+        panels = list(figure.subplots(math.ceil(len(rows) / columns), columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, (row, value, _) in zip(panels, told, strict=False):
+            if baseline:
+                plot_curves(axes, baseline.curves("validation_accuracy").mean(0)[None], (MUTED, "-"))
+            plot_curves(axes, row.curves("validation_accuracy"), (LINES[0][0], "-"))
+            axes.set_title(shortened(row.name), loc="left", fontsize=8)
+            axes.text(0.97, 0.06, f"{value:.1f}", color=LINES[0][0], ha="right", transform=axes.transAxes)
+        for axes in panels[len(rows) :]:
+            axes.remove()
+        figure.supxlabel("epoch", color=MUTED, fontsize=9)
+        figure.supylabel("validation accuracy (%)", color=MUTED, fontsize=9)
+
+    alt = f"Validation accuracy of each setting by epoch: {join([f'{text} %' for *_, text in told])}"
+    return draw("all-settings", alt, (8, 0.4 + 1.35 * math.ceil(len(rows) / columns)), paint)
+
+
 def plot_one(row: Row) -> Picture:
-    """Plot training and validation accuracy of one setting, the kept epochs and, below, the learning rate."""
+    """Plot accuracy and loss of one setting in training and validation, the kept epochs and, below, the learning rate."""
     colour, _ = line_of(row.number)
     dotted = (MUTED, (0, (1.5, 1)))
 
     def paint(figure: Any) -> None:
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        train, validation, lr = (row.curves(key) for key in ("train_accuracy", "validation_accuracy", "lr"))
-        plot_curves(axes, train, dotted)
-        plot_curves(axes, validation, (colour, "-"))
-        for run in row.done:
-            epoch = run.result["best_epoch"]
-            axes.plot(epoch, run.curve("validation_accuracy")[epoch - 1], "o", color=colour, markeredgecolor=PAPER)
-        axes.set(ylabel="accuracy (%)", ylim=(max(0, axes.get_ylim()[0] - 3), 101))
-        label_ends(axes, [(train.mean(0)[-1], "training", dotted), (validation.mean(0)[-1], "validation", (colour, "-"))])
-        plot_curves(below, lr[:1], (MUTED, "-"))
-        below.set(xlabel="epoch", ylabel="lr", ylim=(0, 1.15 * row.setting.lr), yticks=[0, row.setting.lr])
+        axes, losses, below = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 1.3))
+        for panel, what in ((axes, "accuracy"), (losses, "loss")):
+            curves = [(row.curves(f"{part}_{what}"), line) for part, line in (("train", dotted), ("validation", (colour, "-")))]
+            for values, line in curves:
+                plot_curves(panel, values, line)
+            if what == "accuracy":
+                mark_kept(panel, row, colour)
+                panel.set(ylabel="accuracy (%)", ylim=(max(0, panel.get_ylim()[0] - 3), 101))
+            else:
+                panel.set(ylabel="loss", ylim=(0, None))
+            label_ends(panel, [(values.shape[1], float(values.mean(0)[-1]), part, line)
+                               for (values, line), part in zip(curves, ("training", "validation"), strict=True)])  # fmt: skip
+        plot_curves(below, row.curves("lr")[:1], (MUTED, "-"))
+        below.set(xlabel="epoch", ylabel="lr")
+        if row.setting.lr_decay == "step":
+            _log_scale(below, (1,))
+        else:
+            below.set_ylim(0)
 
-    alt = f"{row.name}: training and validation accuracy by epoch, the learning rate below"
-    return draw(f"{row.number + 1}-{slug(row.name)}", alt, (3.7, 2.7), paint)
+    alt = f"{row.name}: accuracy and loss in training and validation by epoch, the learning rate below"
+    return draw(f"{row.number + 1}-{slug(row.name)}", alt, (3.7, 3.6), paint)
 
 
-def plot_differences(baseline: Row, rows: Sequence[tuple[Row, float, float, float]]) -> Picture:
-    """Plot what each row gained over the baseline: (row, difference, low, high) in points, sorted, with 95 % intervals.
+def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
+    """Plot what each row gained over the baseline with its 95 % interval, the lowest first.
 
     The axis is linear within two points of zero and logarithmic beyond, so that small and large differences can be read.
     """
+    told = [(each, *each.interval, f"{signed(each.gain)} ({' to '.join(map(signed, each.interval))})")
+            for each in reversed(compared) if each.interval]  # fmt: skip
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         axes.set_xscale("symlog", linthresh=2)
-        for i, (_, difference, low, high) in enumerate(rows):
+        for i, (each, low, high, figures) in enumerate(told):
             colour = LINES[0][0] if low > 0 or high < 0 else MUTED
-            axes.plot([low, high], [i, i], color=colour)
-            axes.plot(difference, i, "o", color=colour, markersize=4)
-            figures = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")
+            axes.plot([low, high], [i, i], color=colour, marker="|", markersize=7)
+            inside = colour if each.stands or colour == MUTED else PAPER
+            axes.plot(each.gain, i, "o", color=colour, markersize=5, markerfacecolor=inside)
             axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)
         left, right = axes.get_xlim()
         axes.set_xticks([tick for tick in TICKS if left < tick < right])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_yticks(range(len(rows)), [row.name for row, *_ in rows])
-        axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(rows) - 0.3))
+        axes.set_yticks(range(len(told)), [each.row.name for each, *_ in told])
+        axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(told) - 0.3))
 
-    told = join([f"{row.name} {difference:+.2f} ({low:+.2f} to {high:+.2f})" for row, difference, low, high in rows])
-    alt = f"Test accuracy against {baseline.name}, in points: {told}"
-    return draw("differences", alt, (8, 0.9 + 0.27 * len(rows)), paint)
+    gains = join([f"{each.row.name} {figures}" for each, *_, figures in told])
+    alt = f"Test accuracy against {baseline.name}, in points: {gains}"
+    return draw("differences", alt, (8, 0.9 + 0.27 * len(told)), paint)
 
 
 def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
     """Plot how large the outputs of the blocks are in the untrained networks, one of each group, or the gradients there."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
     lines = []
-    for first, *more in groups:
+    for number, (first, *more) in enumerate(groups):
         activation, gradient = first.signals  # type: ignore[misc]
-        sizes = gradient[::-1] / gradient[-1] if back else activation
-        lines.append((sizes, shortened(first.name) + (f" + {len(more)} more" if more else ""), line_of(first.number)))
+        sizes = gradient[::-1] if back else activation
+        lines.append((sizes, shortened(first.name) + (f" + {len(more)} more" if more else ""), line_of(number)))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for sizes, _, (colour, dashes) in lines:
             axes.plot(np.arange(len(sizes)) + (not back), sizes, color=colour, linestyle=dashes)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(axes, (1, 2, 3, 5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
-        label_ends(axes, [(float(sizes[-1]), name, line) for sizes, name, line in lines])
+        label_ends(axes, [(len(sizes) - back, float(sizes[-1]), name, line) for sizes, name, line in lines])
 
     told = join([f"{sizes[-1]:.3g} ({name})" for sizes, name, _ in lines])
     alt = f"Signals in the untrained networks, {title}; in the {'first' if back else 'last'} block: {told}"

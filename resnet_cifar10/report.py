@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from . import findings, plots
 from .files import check_writable, write
-from .findings import COLUMNS, answer, cells, findings, gains, limits, meaning, merged, notes, provenance
 from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
-from .plots import INK, Picture, plot_all, plot_confusion, plot_differences, plot_one, plot_signals, raster
-from .results import Row, Run, baseline_of, best_of, join, networks, read_rows
+from .plots import INK, Picture, raster
+from .results import Row, Run, baseline_of, best_of, comparisons, join, networks, read_rows
 
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
            "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
@@ -38,14 +38,17 @@ def best_run(best: Row) -> Run:
     return max(best.done, key=lambda run: (run.result["validation"] or {"accuracy": 0})["accuracy"])
 
 
-def best_section(best: Row) -> dict[str, Any] | None:
-    """Show the best run of the best setting: confusion, classes, calibration; None where nothing was evaluated."""
+def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Show the best setting: its classes beside those of the others, confusion and calibration; None without an evaluation."""
     run = best_run(best)
     split = "test" if run.result["test"] else "validation"
     m = run.result[split]
     if not m:
         return None
     names, counts = list(m["per_class"]), m["confusion"]
+    shown = [row for row in rows if row.measured(split)] if len(rows) <= len(plots.LINES) else [best]
+    classes = [(name, [_mean(row, split, name, "recall") for row in shown], _mean(best, split, name, "precision"),
+                int(m["per_class"][name]["n"])) for name in names]  # fmt: skip
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
@@ -56,9 +59,16 @@ def best_section(best: Row) -> dict[str, Any] | None:
     text += (f"; dividing the logits by the temperature {m['temperature']:.2f}, found on validation images, brings that to "
              f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
              if run.result["validation"] else ".")  # fmt: skip
-    return {"name": best.name, "metrics": m, "text": f"Its run with seed {run.seed}, on the {m['n']:,} {split} images. {found}",
-            "calibration": text, "confusion": plot_confusion(m, split),
+    which = ", the one with the best validation accuracy" * (len(best.done) > 1 and run.result["validation"] is not None)
+    return {"name": best.name, "shown": shown, "classes": classes, "split": split,
+            "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
+            "calibration": text, "confusion": plots.plot_confusion(m, split),
             "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None}  # fmt: skip
+
+
+def _mean(row: Row, split: str, name: str, what: str) -> float:
+    """Average a class's recall or precision over the seeds, in percent."""
+    return float(np.mean([measured["per_class"][name][what] for measured in row.measured(split)]))
 
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
@@ -70,7 +80,8 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
         place = (i % 6 * width, i // 6 * height)
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
             sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), place)
-        text = f"true: {mistake['label']}\n{mistake['predicted']}, {100 * mistake['probability']:.0f} %"
+        percent = f"{100 * mistake['probability']:.1f}".replace("100.0", "> 99.9")
+        text = f"{mistake['label']}, taken for\n{mistake['predicted']}, {percent} %"
         pen.text((place[0], place[1] + 98), text, INK, font)
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
     return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
@@ -105,11 +116,12 @@ def portable(path: str | Path) -> str:
 
 
 def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None,
-           words: Path | None = None, baseline_name: str | None = None) -> Path:  # fmt: skip
+           words: Path | None = None, baseline_name: str | None = None, goal: float | None = None) -> Path:  # fmt: skip
     """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
     The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation; the
-    others are compared with the setting `baseline_name`, or else with the one from which they differ least.
+    others are compared with the setting `baseline_name`, or else with the one from which they differ least; `goal` is the test
+    accuracy in percent that was asked for.
 
     Returns:
         The path of report.html.
@@ -139,8 +151,9 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     best_row = best if sum(bool(row.accuracies("validation")) for row in rows) > 1 else None  # alone it is no best one
-    changes = gains(rows, baseline)
-    section = best_section(best) if best else None
+    compared = comparisons(rows, baseline)
+    changes = [each for each in compared if each.other is baseline and each.p is not None]
+    section = best_section(best, rows) if best else None
     model = photo_model or (best and best_run(best).folder)
     if photos and not model:
         raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
@@ -148,28 +161,32 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     cards = classified(photos, classifier) if classifier else []
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
-    overview = [plot_all(validated, enlarged=False)] if len(validated) > 1 else []
-    overview += [plot_all(top, enlarged=True)] if overview and (top := top_of(validated)) else []
-    plots = [(row, plot_one(row)) for row in started]
+    many = len(validated) > len(plots.LINES)  # too many to tell their lines apart
+    panels = plots.plot_panels(validated, baseline) if many else None
+    overview = [plots.plot_all(validated, enlarged=False)] if len(validated) > 1 and not many else []
+    overview += [plots.plot_all(top, enlarged=True)] if overview and (top := top_of(validated)) else []
+    alone = [] if many else [(row, plots.plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
-    options += ["--photo-model", photo_model] if photo_model else []
-    options += ["--words", words] if words else []
-    options += ["--baseline", baseline_name] if baseline_name else []
+    for option, value in (("--photo-model", photo_model), ("--words", words), ("--baseline", baseline_name), ("--goal", goal)):
+        options += [option, str(value)] if value else []
+    seeds = {run.seed for row in rows for run in row.runs}
     content: dict[str, Any] = {
-        "data": data, "answer": answer(rows, best, data), "columns": COLUMNS, "best_row": best_row, "best": section,
-        "rows": [(row, cells(row, {run.seed for each in rows for run in each.runs})) for row in rows],
-        "legend": [line for line in merged(rows, meaning) if line[1] != "none"], "machine": merged(rows, provenance),
-        "overview": overview, "plots": plots, "findings": findings(rows, best, baseline), "photos": cards,
-        "notes": notes(rows, baseline, groups, classifier,
-                       f"the model {portable(photo_model)}" if photo_model else
-                       f"{best and best.name}{', the best setting' * bool(best_row)}"),
-        "differences": plot_differences(baseline, changes) if changes and baseline else None,
-        "signals": [plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
+        "data": data, "answer": findings.answer(rows, best, data, goal), "best_row": best_row, "best": section,
+        "columns": findings.COLUMNS, "rows": [(row, findings.cells(row, seeds)) for row in rows],
+        "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
+        "machine": findings.merged(rows, findings.provenance), "overview": overview, "panels": panels, "plots": alone,
+        "comparison_columns": findings.DIFFERENCES, "comparisons": [findings.differences(each) for each in compared],
+        "findings": findings.findings(rows, best), "photos": cards,
+        "notes": findings.notes(rows, baseline, groups, classifier,
+                                f"the model {portable(photo_model)}" if photo_model else
+                                f"{best and best.name}{', the best setting' * bool(best_row)}"),
+        "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
+        "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": Markup(text_of_words),  # nosec B704  (only the Markdown takes them as they are)
-        "limits": limits(rows, baseline, data),
+        "limits": findings.limits(rows, compared, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words),
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
     }  # fmt: skip
@@ -178,8 +195,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
     markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
     text = markdown_of.get_template("report.md.j2").render(content)
-    pictures = [*overview, *(plot for _, plot in plots), *(card["picture"] for card in cards)]
-    pictures += [*content["signals"], content["differences"]]
+    pictures = [*overview, *(plot for _, plot in alone), *(card["picture"] for card in cards)]
+    pictures += [*content["signals"], content["differences"], panels]
     pictures += [section[key] for key in ("confusion", "mistakes_picture") if section]
     for picture in filter(None, pictures):
         write(out / picture.file, picture.content)

@@ -17,6 +17,8 @@ from .files import read_json
 from .run_folder import read_metrics
 from .settings import Setting, validated
 
+ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude does not show
+
 
 @dataclass(frozen=True)
 class Run:
@@ -29,7 +31,7 @@ class Run:
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     environment: dict[str, Any]
-    signals: np.ndarray[Any, Any] | None  # [2, blocks]: outputs and gradients in the untrained network
+    signals: np.ndarray[Any, Any] | None  # [2, blocks] in the untrained network: outputs; gradients, the last block's as 1
 
     def curve(self, key: str) -> np.ndarray[Any, Any]:
         """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
@@ -121,8 +123,9 @@ def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
         return None
     found = read_json(file, ("activation", "gradient"))
     try:
-        return np.array([found["activation"], found["gradient"]], float).reshape(2, -1)
-    except (TypeError, ValueError):
+        sizes = np.array([found["activation"], found["gradient"]], float).reshape(2, -1)
+        return sizes / [[1.0], sizes[1, -1:]]
+    except (TypeError, ValueError, IndexError):
         raise ValueError(f"{file}: damaged: not two lists of numbers, equally long") from None
 
 
@@ -216,18 +219,73 @@ def baseline_of(rows: Sequence[Row]) -> Row | None:
     return min(rows, key=lambda row: sum(len(differing(row, other)) for other in rows), default=None)
 
 
+@dataclass
+class Comparison:
+    """What a setting gained over another, in points of test accuracy, and how sure that is."""
+
+    row: Row
+    other: Row
+    gain: float
+    interval: tuple[float, float] | None = None  # 95 %; None where the seeds of neither vary
+    p: float | None = None  # of Welch's test; None without two seeds of each: the interval is of the choice of test images
+    stands: bool = False  # p is below 5 % also if all comparisons are tested at once
+
+    @property
+    def single(self) -> list[str]:
+        """Whose one seed leaves no test."""
+        return [row.name for row in (self.row, self.other) if len(row.accuracies("test")) < 2]
+
+
+def compare(row: Row, other: Row) -> Comparison:
+    """Compare two rows that were both tested."""
+    a, b = row.accuracies("test"), other.accuracies("test")
+    compared = Comparison(row, other, float(np.mean(a) - np.mean(b)))
+    if tested := welch(a, b):
+        compared.p, compared.interval = tested[0], tested[1:]
+    elif compared.single:
+        variances = [np.mean(x) * (100 - np.mean(x)) / each.measured("test")[0]["n"] for x, each in ((a, row), (b, other))]
+        margin = 1.96 * float(sum(variances)) ** 0.5
+        compared.interval = (compared.gain - margin, compared.gain + margin)
+    return compared
+
+
+def comparisons(rows: Sequence[Row], baseline: Row | None) -> list[Comparison]:
+    """Compare every tested row with the baseline, the best first, and with each other row that it repeats with one more change.
+
+    Which ones stand the test of all at once is by Holm's correction, 5 % (Holm 1979).
+    """
+    counted = [(row, len(differing(row, baseline))) for row in rows if row.accuracies("test")] if baseline else []
+    found = [compare(row, other) for row, changes in counted if row is not baseline for other, fewer in counted
+             if other is baseline or (0 < fewer < changes and len(differing(row, other)) == 1)]  # fmt: skip
+    tested, stands = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None), True
+    for rank, (p, i) in enumerate(tested):
+        found[i].stands = stands = stands and p * (len(tested) - rank) < 0.05
+    return sorted(found, key=lambda each: (each.other is not baseline, -each.gain))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and np.allclose(np.log(a), np.log(b), rtol=0, atol=np.log(ALIKE))
+
+
 def networks(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows whose untrained networks are alike, as far as their signals are known."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.signals is not None:
-            groups.setdefault(repr((row.setting.architecture(0), row.setting.start_from)), []).append(row)
-    return list(groups.values())
+    """Group the rows whose untrained networks signals pass alike, nowhere different by more than the factor ALIKE."""
+    groups: list[list[Row]] = []
+    for row in (row for row in rows if row.signals is not None):
+        if like := [group for group in groups if _alike(row.signals, group[0].signals)]:
+            like[0].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def spread(values: Sequence[float]) -> str:
     """Write the mean and, from two values on, the sample standard deviation: "92.51 ± 0.12"."""
     return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def signed(points: float, digits: int = 2) -> str:
+    """Write a difference with its sign."""
+    return f"{points:+.{digits}f}".replace("-", "−")
 
 
 def join(words: Sequence[str], link: str = "and") -> str:

@@ -27,7 +27,7 @@ from resnet_cifar10.files import write_json
 from resnet_cifar10.findings import AUGMENTATIONS, WORDS
 from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
 from resnet_cifar10.report import pack, report
-from resnet_cifar10.results import read_rows, welch
+from resnet_cifar10.results import Comparison, read_rows, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
 
@@ -191,7 +191,7 @@ def test_the_only_finished_setting_is_not_called_the_best(tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Path, tmp_path: Path) -> None:
-    assert "no run: each equals an uninterrupted one" in (out / "report.md").read_text()
+    assert "none: each run equals an uninterrupted one" in (out / "report.md").read_text()
     folder = write_run(tmp_path / "study", ONE, 0, None)
     facts = json.loads((folder / "environment.json").read_text())
     write_json(folder / "environment.json", facts | {"not_bit_exact": "resumed after epoch 3 with another threads"})
@@ -201,30 +201,51 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
 
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
-    assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It names 92.40 ± 0.26 % "
+    assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
             "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
-            "Too few seeds to compare it with Setting #3.") in text  # fmt: skip
+            "With one seed of Setting #3, its distance from it is that of single runs.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
     assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
 
 
-def test_findings_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path) -> None:
+def comparisons(text: str) -> dict[tuple[str, str], list[str]]:
+    """The table of comparisons in a report: (setting, against) and the other columns."""
+    table = text.partition("| Setting | Against |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    return {(line[0], line[1]): line[2:] for line in lines}
+
+
+def test_comparisons_name_the_differing_keys_and_what_the_seeds_can_tell(out: Path) -> None:
     text = (out / "report.md").read_text()
     found = welch([89.6, 90.2, 90.8], [92.1, 92.5, 92.6])
     assert found is not None
     p, low, high = found
     assert low < high < 0
-    assert ("**Setting #1 against Setting #2.** Differs in lr decay (none instead of step) and patience (3 instead of none). "
-            "2.20 points worse (90.20 against 92.40 %). The seeds can tell the two apart "
-            f"(95 % interval −{-low:.2f} to −{-high:.2f} points; 3 against 3 seeds, Welch's t test, p = {p:.2g}). "
-            "Which of the changes did it, this comparison does not tell.") in text  # fmt: skip
-    assert "**Setting #3 against Setting #2.** Differs in model (resnet20 instead of resnet32). 1.10 points better" in text
+    interval = f"−{-low:.2f} to −{-high:.2f}"
     # by hand: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.4 * 7.6 / 10,000) = 0.71
-    assert "The choice of test images leaves +0.39 to +1.81 points" in text
-    assert "what another seed would change, one seed of Setting #3 cannot tell." in text
+    assert comparisons(text) == {
+        ("Setting #1", "Setting #2"): ["lr decay none instead of step and patience 3 instead of none", "−2.20", interval,
+                                       f"{p:.2g}", "yes"],
+        ("Setting #3", "Setting #2"): ["model resnet20 instead of resnet32", "+1.10", "+0.39 to +1.81", "–",
+                                       "one seed of Setting #3"],
+    }  # fmt: skip
+    in_page = _Tables((out / "report.html").read_text()).tables[1]
+    assert in_page[2] == ["Setting #1", "Setting #2", *comparisons(text)["Setting #1", "Setting #2"]]
     assert "One seed of Setting #3: how far another one would end" in text and "\n- 3 seeds of the others: an interval" in text
     assert "Setting #1 95.0 against 91.0 % (+4.0 points)" in text
+
+
+def test_the_classes_are_told_of_every_setting(out: Path) -> None:
+    # 10 x the share of wrong images, for a tenth of the images is of each class
+    row = "| cat, 1,000 | 90.2 | 92.4 | 93.5 | 90.0 |"
+    assert row in (out / "report.md").read_text()
+
+
+def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
+    for goal, said in ((92.0, "reached by Setting #2 and Setting #3."), (99.0, "reached by no setting.")):
+        text = report([study], tmp_path / "out", goal=goal).with_suffix(".md").read_text()
+        assert f"At least {goal:g} % were asked for: {said}" in text and f"--goal {goal}" in text
 
 
 def test_welch() -> None:
@@ -243,7 +264,7 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     (tmp_path / "words.md").write_text("Large steps *overshoot*. <script>alert(1)</script>")
     page = report([tmp_path / "study"], tmp_path / "out", words=tmp_path / "words.md").read_text()
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "in points: Wide steps -2.03 (-2.4" in page and "plots/differences.png" in text
+    assert "in points: Wide steps −2.03 (−2.4" in page and "plots/differences.png" in text
     assert "<em>overshoot</em>" in page and "<script>alert" not in page
     assert "*overshoot*" in text and "--words" in text
     assert "3 seeds a setting" in text
@@ -255,7 +276,7 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
     for name, changes in changed.items():
         write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changes}), 0, 90.0)
     report([tmp_path / "study"], tmp_path / "out")
-    found = re.findall(r"\*\*(.*? against .*?)\.\*\*", (tmp_path / "out" / "report.md").read_text())
+    found = [" against ".join(pair) for pair in comparisons((tmp_path / "out" / "report.md").read_text())]
     assert sorted(found) == ["Adam against Base", "Bare against Base", "Slow against Base", "Slow and bare against Bare",
                              "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
 
@@ -263,7 +284,7 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
 def test_the_baseline_can_be_named(tmp_path: Path) -> None:
     write_study(tmp_path / "study")
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #3").with_suffix(".md").read_text()
-    assert re.findall(r"\*\*(.*?) against (.*?)\.\*\*", text) == [("Setting #1", "Setting #3"), ("Setting #2", "Setting #3")]
+    assert list(comparisons(text)) == [("Setting #2", "Setting #3"), ("Setting #1", "Setting #3")]
     assert "--baseline 'Setting #3'" in text
     with pytest.raises(ValueError, match="--baseline: found 'Setting #4'; allowed: 'Setting #1', 'Setting #2', 'Setting #3'"):
         report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #4")
@@ -279,12 +300,20 @@ def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path
     for written in (page, text):
         assert "in the last block: 2 (Setting #2 + 1 more) and 20 (Plain)" in written
         assert "in the first block: 1.5 (Setting #2 + 1 more) and 15 (Plain)" in written
-        assert "Setting #2 also stands for Setting #1." in written
+        assert "Setting #2 also stands for Setting #1: nowhere apart" in written
     assert (tmp_path / "out" / "plots" / "signals-backward.png").exists()
     shutil.rmtree(tmp_path / "study" / "plain")
     deep = ONE.model_copy(update={"name": "Deep", "model": "resnet56"})  # depth alone explains nothing
     write_json(write_run(tmp_path / "study", deep, 0, 90.0) / "signals.json", {"activation": [1.0], "gradient": [1.0]})
     assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()
+
+
+def test_many_settings_have_a_panel_each_instead_of_lines_that_nobody_can_tell_apart(tmp_path: Path) -> None:
+    for number in range(7):
+        write_run(tmp_path / "study", TWO.model_copy(update={"name": f"lr 0.{number}", "lr": 0.1 + number}), 0, 90.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "lr 0.5 90.0 % and lr 0.6 90.0 %](plots/all-settings.png)" in text and "Each setting in a panel of its own" in text
+    assert not list((tmp_path / "out" / "plots").glob("*-lr-*.png")) and "### " not in text
 
 
 def test_names_stand_where_their_lines_end() -> None:
@@ -294,7 +323,7 @@ def test_names_stand_where_their_lines_end() -> None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 50])
         axes.plot([0, 1], [0, 100])
-        label_ends(axes, [(50.0, "low", (INK, "-")), (100.0, "high", (INK, "-"))])
+        label_ends(axes, [(1, 50.0, "low", (INK, "-")), (1, 100.0, "high", (INK, "-"))])
         places.extend(text.xy[1] for text in axes.texts)
 
     draw("ends", "", (4, 3), paint)
@@ -474,12 +503,12 @@ def test_a_study_without_validation_or_test_images_is_reported(tmp_path: Path) -
         write_metrics(folder, [row | unmeasured for row in read_metrics(folder)])
     page = report([tmp_path / "study"], tmp_path / "out").read_text()
     assert "no validation images were held out" in page and "no test images" in page
-    assert "There is no test accuracy of either to compare" in page
+    assert "There is nothing to compare yet" in page
     write_tiny_model(folder / "model")
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     report([folder], tmp_path / "one", [tmp_path / "red.png"])
     text = (tmp_path / "one" / "report.md").read_text()
-    assert "there is nothing to compare" in text and "plots/1-setting-2.png" in text
+    assert "There is nothing to compare yet" in text and "plots/1-setting-2.png" in text
     assert "the last one: no images were held out" in text and "**red**" in text
 
 
@@ -487,7 +516,8 @@ def test_equal_results_are_no_difference(tmp_path: Path) -> None:
     for setting in (ONE, TWO):
         write_run(tmp_path / "study", setting, 0, 90.0)
     report([tmp_path / "study"], tmp_path / "out")
-    assert "No difference (90.00 against 90.00 %)" in (tmp_path / "out" / "report.md").read_text()
+    (found,) = comparisons((tmp_path / "out" / "report.md").read_text()).values()
+    assert found[1:3] == ["+0.00", "−0.83 to +0.83"]  # by hand: 1.96 * sqrt(2 * 90 * 10 / 10,000) = 0.83
 
 
 def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None:
@@ -496,7 +526,7 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "Each tested by itself, the seeds cannot tell it from Setting #1." in text
-    assert "Its run with seed 1, on the 10,000 test images." in text
+    assert "Its run with seed 1, the one with the best validation accuracy, on the 10,000 test images." in text
 
 
 def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:
@@ -505,9 +535,9 @@ def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None
         for seed, value in enumerate(values[name]):
             write_run(tmp_path / "study", TWO.model_copy(update={"name": name, "lr": lr}), seed, value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "Chance against Base.** Differs in lr (0.3 instead of 0.1). 2.80 points better" in text
-    assert "p = 0.031)" in text
-    assert "Tested as 3 at once (Holm's correction, 5 %), no longer certain: Chance with Base." in text
+    found = comparisons(text)
+    assert found["Chance", "Base"] == ["lr 0.3 instead of 0.1", "+2.80", "+0.41 to +5.19", "0.031", "by itself only"]
+    assert {row: values[-1] for (row, _), values in found.items()} == {"Chance": "by itself only", "Like": "no", "Far": "yes"}
 
 
 def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:
@@ -525,11 +555,12 @@ def test_intervals_are_drawn_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     painted: list[Any] = []
     monkeypatch.setattr(plots, "draw", lambda name, alt, size, paint: painted.append(paint))
     rows = read_rows([write_study(tmp_path)])
-    plot_differences(rows[0], [(rows[1], -50.0, -51.0, -49.0), (rows[2], -0.3, -4.0, 3.4)])
+    sure = Comparison(rows[1], rows[0], -50.0, (-51.0, -49.0), 0.001, stands=True)
+    plot_differences(rows[0], [Comparison(rows[2], rows[0], -0.3, (-4.0, 3.4), 0.5), sure])
     figure = Figure()
     painted[0](figure)
     drawn = [(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines]
-    assert drawn[:4] == [("None", -51.0, -49.0), ("o", -50.0), ("None", -4.0, 3.4), ("o", -0.3)]
+    assert drawn[:4] == [("|", -51.0, -49.0), ("o", -50.0), ("|", -4.0, 3.4), ("o", -0.3)]
 
 
 def test_runs_of_two_frameworks_are_two_rows(tmp_path: Path) -> None:
@@ -537,7 +568,7 @@ def test_runs_of_two_frameworks_are_two_rows(tmp_path: Path) -> None:
     write_run(tmp_path / "study", ONE, 1, 90.0, framework="tensorflow")
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "**Setting #1 (PyTorch)**" in text and "**Setting #1 (TensorFlow)**" in text
-    assert "framework (TensorFlow instead of PyTorch)" in text
+    assert "framework TensorFlow instead of PyTorch" in text
 
 
 def test_the_first_seed_may_lack_test_images(tmp_path: Path) -> None:
@@ -546,7 +577,7 @@ def test_the_first_seed_may_lack_test_images(tmp_path: Path) -> None:
     write_run(tmp_path / "study", ONE, 1, 90.0)
     write_run(tmp_path / "study", TWO, 0, 89.0, validation=89.0)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "It names 90.00 % of the 10,000 test images" in text
+    assert "It classifies 90.00 % of the 10,000 test images" in text
 
 
 def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
