@@ -17,6 +17,7 @@ demo: .venv/ready  ## Train two small networks, write a report, classify real ph
 
 test: .venv/full  ## Style, types and behaviour; warnings are errors
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 

@@ -189,14 +189,12 @@ def show(result: dict[str, Any]) -> str:
 
 def draw(rows: list[dict[str, Any]], title: str, file: Path) -> None:
     """Draw how many times as fast as its baseline everything is."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["times_baseline"]]
-    middle, least, greatest = np.array([row["times_baseline"] for row in rows]).T
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
+    middle, least, greatest = np.array([row["times_baseline"] for row in rows]).reshape(-1, 3).T
+    figure = Figure((9, 1 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     labels = [f"{row['group']}: {row['contender']}\n{row['measure']}" for row in rows]
     axes.barh(labels, middle, xerr=[middle - least, greatest - middle], color="#4477aa", capsize=2)
     axes.axvline(1, color="#222222", linewidth=1)

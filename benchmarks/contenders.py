@@ -219,8 +219,9 @@ def quantise(images: Images, out: Path) -> None:
             return None if batch is None else {"images": batch}
 
     logging.disable(logging.WARNING)  # it recommends steps that the exporter has done
-    quantize_static(MODEL / "model.onnx", out, Reader(), per_channel=True, activation_type=QuantType.QUInt8,
-                    weight_type=QuantType.QInt8, reduce_range=True)  # 7 bits: without VNNI sums of two products saturate
+    how = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+    # 7 bits: without VNNI sums of two products saturate
+    quantize_static(MODEL / "model.onnx", out, Reader(), **how, reduce_range=True)
 
 
 def inference(images: Images, singles: int, build: Callable[..., Callable[[Images], Any]], *how: Any, report: Report) -> None:

@@ -1,6 +1,6 @@
 """Load the web page's interface: 32 clients send one photo 500 times in all; prints times and the peak memory of the server.
 
-    python benchmarks/page_load.py PHOTO
+Call it as python benchmarks/page_load.py PHOTO.
 """
 
 from __future__ import annotations

@@ -21,8 +21,6 @@ from .names import printable
 from .progress import progress
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .data import Split
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -42,12 +40,8 @@ def train(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
     setting: Annotated[list[str] | None, typer.Option(help="Only this setting; repeatable.", metavar="NAME")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, max=2**32 - 1, help="This seed instead of the file's; repeatable.", metavar="N")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the file's; schedules scale with them.", metavar="N")
-    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="This seed instead of the file's; repeatable.", metavar="N")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the file's; schedules scale with them.", metavar="N")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
@@ -113,7 +107,7 @@ def infer(
 ) -> None:
     """Classify photos; needs no PyTorch."""
     from .infer import Classifier
-    from .photo import read_photo, views
+    from .photo import encoded, read_photo, views
 
     for option, file in (("--figure", figure), ("--explain", explain)):
         if file and file.suffix.lower() != ".png":
@@ -143,11 +137,11 @@ def infer(
     if as_json:
         print(json.dumps(answers))
     if explain and pictures:
-        _save(pictures[0][2], explain)
+        write(explain, encoded(pictures[0][2], "PNG"))
     if figure and pictures:
         from .figure import figure as draw
 
-        _save(draw(pictures), figure)
+        write(figure, encoded(draw(pictures), "PNG"))
     if len(answers) < len(names):
         raise typer.Exit(2)
 
@@ -169,12 +163,6 @@ def _photos(arguments: list[str]) -> list[str]:
             raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
         names += inside
     return names
-
-
-def _save(picture: Image.Image, file: Path) -> None:
-    content = BytesIO()
-    picture.save(content, "PNG")
-    write(file, content.getvalue())
 
 
 @app.command()

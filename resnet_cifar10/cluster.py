@@ -151,11 +151,10 @@ def _ray(address: str) -> Iterator[Any]:
     except ImportError:
         raise ValueError("--ray needs Ray: pip install 'resnet-cifar10[ray]'") from None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        here = address == "local"
+        own: Any = {"num_cpus": os.cpu_count(), "object_store_memory": 80_000_000, "_temp_dir": folder}
         try:
-            ray.init(address, num_cpus=os.cpu_count() if here else None, object_store_memory=80_000_000 if here else None,
-                     include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                     _temp_dir=folder if here else None)  # fmt: skip
+            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                     **(own if address == "local" else {}))  # fmt: skip
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"--ray: found {address!r}; {error}") from None
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import logging
 import math
 import warnings
@@ -23,7 +22,7 @@ from .evaluate import evaluate, fit_temperature, predict
 from .files import check_writable, write, write_json
 from .infer import SIZE, Classifier, onnx_runtime, seal
 from .model import ResNet
-from .photo import views
+from .photo import encoded, views
 from .storage import load_model, save_model
 
 OPSET = 20
@@ -119,7 +118,7 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
 
 
 def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
-           device: str = "cpu") -> dict[str, Any]:  # fmt: skip
+           device: str) -> dict[str, Any]:  # fmt: skip
     """Find on validation all that config.json lacks, read the test split, write the model folder.
 
     The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
@@ -174,10 +173,9 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
     wrong = (predicted != split.labels).nonzero().flatten()
     shown = []
     for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist():
-        png = io.BytesIO()
-        Image.fromarray(split.images[index].numpy()).save(png, "PNG")
+        png = encoded(Image.fromarray(split.images[index].numpy()), "PNG")
         shown.append({"index": index, "label": split.classes[split.labels[index]], "predicted": split.classes[predicted[index]],
-                      "probability": float(probability[index]), "png": base64.b64encode(png.getvalue()).decode()})  # fmt: skip
+                      "probability": float(probability[index]), "png": base64.b64encode(png).decode()})  # fmt: skip
     return shown
 
 
@@ -236,7 +234,7 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
                f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
     start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""
-    keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items())
+    keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items() if key != "nesterov" or value)  # Muon always is
     write(
         folder / "README.md",
         f"""---
@@ -263,6 +261,7 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 ```python
 import numpy, onnxruntime
 from PIL import Image
+
 session = onnxruntime.InferenceSession("model.onnx")
 image = numpy.asarray(Image.open("photo.jpg").convert("RGB").resize((32, 32), Image.Resampling.BOX))
 print(session.get_modelmeta().custom_metadata_map["classes"].split("\\n"))

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from .files import read_json
-from .settings import validated
+from .settings import one_line, validated
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees
@@ -123,7 +123,7 @@ class Classifier:
             blank = np.zeros((1, SIZE, SIZE, 3), np.uint8)
             shape = self.session.run(["probabilities", "membership", "activation_map"], {"images": blank})[0].shape
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
-            raise ValueError(f"{file}: not an ONNX model: {' '.join(str(error).split())[:120]}") from None
+            raise ValueError(f"{file}: not an ONNX model: {one_line(error)}") from None
         if shape != (1, len(self.classes)):
             raise ValueError(f"{file}: gives {shape[-1]} classes, config.json names {len(self.classes)}")
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .infer import SIZE
+from .settings import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
@@ -45,7 +46,7 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
         elif isinstance(error, UnidentifiedImageError):
             empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
             reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
-        raise ValueError(f"{name}: {' '.join(reason.split())}") from None
+        raise ValueError(f"{name}: {one_line(reason)}") from None
 
 
 def _scans(jpeg: Path | io.BytesIO) -> int:
@@ -70,6 +71,13 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         image = Image.new("RGBA", rgba.size, NEUTRAL)
         image.alpha_composite(rgba)
     return image.convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """Encode an image as the bytes of a file of a kind: "PNG", "JPEG"."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def square(image: Image.Image) -> Image.Image:

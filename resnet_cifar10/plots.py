@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .photo import encoded
 from .results import Comparison, Row, join, signed
 from .settings import slug
 
@@ -65,10 +66,9 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
 
 def raster(file: str, alt: str, image: Image.Image) -> Picture:
     """Make a picture of pixels, of the format that the file's name asks for."""
-    content, kind = io.BytesIO(), "jpeg" if file.endswith(".jpg") else "png"
-    image.save(content, kind, quality=88)
-    inline = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
-    return Picture(file, alt, content.getvalue(), inline)
+    kind = "jpeg" if file.endswith(".jpg") else "png"
+    content = encoded(image, kind, quality=88)
+    return Picture(file, alt, content, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
 
 
 def line_of(number: int) -> tuple[str, Any]:

@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
         result = read_json(folder / "result.json")
         validated(_Result, result, f"{folder / 'result.json'}: damaged")
     metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
-    if [row["epoch"] for row in metrics] != list(range(1, len(metrics) + 1)) or len(metrics) < result.get("best_epoch", 0):
+    if len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
     environment = read_json(folder / "environment.json", ("data",)) if metrics else {}
     framework = "TensorFlow" if claim["framework"] == "tensorflow" else "PyTorch"

@@ -75,7 +75,7 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
     checkpoint, problem = load_checkpoint(folder)
     if checkpoint:
         epoch = checkpoint.state.get("epoch", 0)
-        rows = [row for row in read_metrics(folder) if row["epoch"] <= epoch]
+        rows = read_metrics(folder)[:epoch]
         if len(rows) != epoch:
             raise ValueError(f"{folder / 'metrics.csv'}: found {len(rows)} epochs, the checkpoint has {epoch}")
         before = read_json(folder / "environment.json")
@@ -154,7 +154,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
-        return [{key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS}
-                for row in rows]  # fmt: skip
+        found = [{key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS}
+                 for row in rows]  # fmt: skip
+        if [row["epoch"] for row in found] != list(range(1, len(found) + 1)):
+            raise ValueError("epochs are missing")
+        return found
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{file}: not the metrics of a run: {error}") from None

@@ -39,7 +39,7 @@ except ImportError as missing:
 from .explain import activation, heat_map
 from .infer import Classifier
 from .names import printable
-from .photo import read_photo, views
+from .photo import encoded, read_photo, views
 
 UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive
 FILES = 20  # of one request
@@ -64,9 +64,8 @@ def _answer(classifier: Classifier, content: bytes, explain: bool) -> dict[str, 
     prediction = classifier.classify(views(photo))
     answer = asdict(prediction)
     if explain:
-        file = BytesIO()
-        heat_map(photo, activation(classifier, photo, prediction.label)).save(file, "JPEG", quality=85)
-        answer["heat_map"] = f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
+        picture = encoded(heat_map(photo, activation(classifier, photo, prediction.label)), "JPEG", quality=85)
+        answer["heat_map"] = f"data:image/jpeg;base64,{b64encode(picture).decode()}"
     return answer
 
 
@@ -214,8 +213,8 @@ def application(model: str, host: str) -> ASGIApp:
 
 def _policy(html: bytes) -> str:
     """Allow the page its own style and script, pictures that it has, requests to this server, and nothing else."""
-    inline = [re.search(rb"<%b>(.*?)</%b>" % (tag, tag), html, re.DOTALL) for tag in (b"style", b"script")]
-    style, script = (b64encode(sha256(found[1] if found else b"").digest()).decode() for found in inline)
+    inline = (html.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0] for tag in (b"style", b"script"))
+    style, script = (b64encode(sha256(part).digest()).decode() for part in inline)
     return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src blob: data:; "
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 

@@ -53,7 +53,7 @@ class Setting(BaseModel):
     teacher: str | None = Field(None, min_length=1)  # a model that is imitated (Hinton et al. 2015, arXiv:1503.02531)
     teacher_weight: float = Field(0.9, gt=0, le=1)  # of the imitation in the loss; the labels have the rest
     teacher_temperature: float = Field(4.0, gt=0, le=100)  # divides the logits of both, so that unlikely classes count too
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field([0], min_length=1, exclude=True)
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import Split, batches, mean_and_std, normalise
 from .settings import Setting
@@ -30,20 +30,15 @@ def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors
     network = initial_network(setting, seed, len(training.classes), first_weights)
     outputs: list[Tensor] = []
 
-    def remember(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.retain_grad()
-        outputs.append(output)
-
     for block in network.blocks:
-        block.register_forward_hook(remember)
+        block.register_forward_hook(lambda block, inputs, output: outputs.append(output))
     mean, std = map(torch.tensor, mean_and_std(training.images))
     count = min(IMAGES, setting.batch_size)  # no more memory than a step takes
     images, targets = next(batches(training, count, "none", seed, 1, fill=torch.zeros(3, dtype=torch.uint8)))
-    F.cross_entropy(network(normalise(images, mean, std)), targets).backward()  # type: ignore[no-untyped-call]
-    return {"activation": [_size(output) for output in outputs], "gradient": [_size(output.grad) for output in outputs]}
+    gradients = torch.autograd.grad(F.cross_entropy(network(normalise(images, mean, std)), targets), outputs)
+    return {"activation": [_size(output) for output in outputs], "gradient": [_size(gradient) for gradient in gradients]}
 
 
-def _size(x: Tensor | None) -> float | None:
-    assert x is not None
+def _size(x: Tensor) -> float | None:
     size = float(x.detach().double().square().mean().sqrt())
     return size if math.isfinite(size) else None

@@ -172,7 +172,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     network.load_state_dict(checkpoint.part("best"))
     network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
-              "setting": setting.model_dump(exclude={"seeds"}), "best_epoch": best_epoch}  # fmt: skip
+              "setting": setting.model_dump(), "best_epoch": best_epoch}  # fmt: skip
     result = {
         "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
         "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
@@ -374,7 +374,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-    claim = {"setting": setting.model_dump(exclude={"seeds"}), "seed": seed, "framework": framework, **digests}
+    claim = {"setting": setting.model_dump(), "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
         _check_claim(folder, claim)
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
@@ -391,7 +391,7 @@ def _check_claim(folder: Path, claim: dict[str, Any]) -> None:
     """Make sure that the folder holds this very run."""
     found = read_json(folder / "setting.json", ["setting"])
     then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
-    before, now = then.model_dump(exclude={"seeds"}) | found, claim["setting"] | claim
+    before, now = then.model_dump() | found, claim["setting"] | claim
     if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
                   else f"{key} was {before.get(key)!r}, is {now[key]!r}"
                   for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip

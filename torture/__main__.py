@@ -21,9 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from resnet_cifar10.machine import environment
 
@@ -31,6 +28,7 @@ from . import inputs, training, web
 from .broken import BROKEN
 from .harness import HANG_SECONDS, Outcome, Row, run
 
+LINE_SECONDS = 20  # between two lines of progress
 IDENTICAL = "final weights and metrics identical, every time"
 CLEAR = "a clear line and exit status 2, or the right answer"
 CASES = len(training.CANNOT_GO_ON) + 2
@@ -90,24 +88,20 @@ def main() -> int:
 def _torture(work: Path, options: argparse.Namespace) -> int:
     started, outcomes = time.monotonic(), []
     rows = [row for row in ROWS if not options.only or row.key in options.only]
-    console = Console()
+    said = time.monotonic()
+
+    def show(outcome: Outcome) -> None:
+        nonlocal said
+        if time.monotonic() - said > LINE_SECONDS:
+            said = time.monotonic()
+            left = outcome.seconds / outcome.reached * (outcome.asked - outcome.reached)
+            print(f"  {outcome.row.key}: {outcome.reached} of {outcome.asked}, {len(outcome.failures)} failures, "
+                  f"about {left / 60:.1f} min left of this row", flush=True)  # fmt: skip
+
     for number, row in enumerate(rows, 1):
+        print(f"{number} of {len(rows)}: {row.key}", flush=True)
         count = max(row.least, round(row.full * options.scale))
-        columns = (TextColumn(f"{number} of {len(rows)}: {row.key}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[failures]} failures, of this row left:"), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task, last = bar.add_task("", total=count, failures=0), time.monotonic()
-
-            def show(outcome: Outcome) -> None:
-                nonlocal last
-                bar.update(task, completed=outcome.reached, failures=len(outcome.failures))  # noqa: B023
-                if not console.is_terminal and time.monotonic() - last > 30:
-                    last = time.monotonic()
-                    left = outcome.seconds / outcome.reached * (outcome.asked - outcome.reached)
-                    print(f"  {outcome.row.key}: {outcome.reached} of {outcome.asked}, {len(outcome.failures)} failures, "
-                          f"about {left / 60:.1f} min left of this row", flush=True)  # fmt: skip
-
-            outcomes.append(run(row, options.seed, count, work, options.batch, show))
+        outcomes.append(run(row, options.seed, count, work, options.batch, show))
         print(_line(outcomes[-1]), flush=True)
         for failure in outcomes[-1].failures:
             print(f"  FAILED: {failure}", flush=True)
@@ -116,10 +110,7 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
             options.report.write_text(report)
         if outcomes[-1].stopped:
             break
-    if console.is_terminal:
-        console.print(_table(outcomes))
-    else:
-        print(report)
+    print(report)
     return int(any(outcome.failures for outcome in outcomes))
 
 
@@ -143,13 +134,6 @@ HEAD = ("what", "must be", "asked", "reached", "failures", "seconds", "note")
 def _cells(outcome: Outcome) -> list[str]:
     numbers = (outcome.asked, outcome.reached, len(outcome.failures), round(outcome.seconds))
     return [outcome.row.what, outcome.row.must, *(f"{number:,}" for number in numbers), _notes(outcome)]
-
-
-def _table(outcomes: list[Outcome]) -> Table:
-    table = Table(*HEAD)
-    for outcome in outcomes:
-        table.add_row(*_cells(outcome), style="bold red" if outcome.failures else None)
-    return table
 
 
 def _report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float) -> str:
@@ -188,9 +172,8 @@ def _broken(work: Path, seed: int) -> int:
     for number, (row, (what, put_in)) in enumerate(itertools.chain.from_iterable(
             ((row, variant) for variant in BROKEN[row.key]) for row in ROWS)):  # fmt: skip
         (folder := work / f"broken-{number}").mkdir()
-        undo = put_in()
-        outcome = run(row, seed, min(row.full, 2 * row.batch if row.batch > 1 else 30), folder, stop_at_failure=True)
-        undo()
+        with put_in:
+            outcome = run(row, seed, min(row.full, 2 * row.batch if row.batch > 1 else 30), folder, stop_at_failure=True)
         caught = bool(outcome.failures)
         missed += not (caught or outcome.skipped)
         said = outcome.failures[0].splitlines()[0][:160] if caught else outcome.skipped

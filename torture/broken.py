@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import safetensors
 import torch
@@ -19,45 +20,30 @@ from resnet_cifar10.settings import Setting
 
 from . import inputs, training, web
 
-PutIn = Callable[[], Callable[[], None]]  # breaks something, and returns what mends it
 
-
-def _instead(old: Any, new: Any) -> PutIn:
+@contextmanager
+def _instead(old: Any, new: Any) -> Iterator[None]:
     """Replace a function or class in all rooms."""
-
-    def put_in() -> Callable[[], None]:
-        training.replace_everywhere(old, new)
-        return lambda: training.replace_everywhere(new, old)
-
-    return put_in
+    training.replace_everywhere(old, new)
+    yield
+    training.replace_everywhere(new, old)
 
 
-def _changed(owner: Any, **values: Any) -> PutIn:
-    """Give variables of a module or class other values."""
-
-    def give(names: dict[str, Any]) -> None:
-        for name, value in names.items():
-            setattr(owner, name, value)
-
-    def put_in() -> Callable[[], None]:
-        before = {name: getattr(owner, name) for name in values}
-        give(values)
-        return lambda: give(before)
-
-    return put_in
+@contextmanager
+def _without_caps() -> Iterator[None]:
+    with patch.object(sources, "MAX_PARQUET_BYTES", 1 << 60), patch.object(inputs, "MAKERS", (_bomb,)):
+        yield
 
 
-def _both(*parts: PutIn) -> PutIn:
-    def put_in() -> Callable[[], None]:
-        mends = [part() for part in parts]
+@contextmanager
+def _lenient_settings() -> Iterator[None]:
+    def extra(value: str) -> None:
+        Setting.model_config["extra"] = value  # type: ignore[typeddict-item]
+        Setting.model_rebuild(force=True)
 
-        def mend() -> None:
-            for one in mends:
-                one()
-
-        return mend
-
-    return put_in
+    extra("ignore")
+    yield
+    extra("forbid")
 
 
 def _write_in_place(path: Path, content: bytes | str) -> None:
@@ -94,17 +80,8 @@ def _bomb(rng: Any, folder: Path) -> tuple[Path, bool]:
     return folder, False
 
 
-def _lenient_settings() -> Callable[[], None]:
-    def extra(value: str) -> None:
-        Setting.model_config["extra"] = value  # type: ignore[typeddict-item]
-        Setting.model_rebuild(force=True)
-
-    extra("ignore")
-    return lambda: extra("forbid")
-
-
-BROKEN: dict[str, list[tuple[str, PutIn]]] = {
-    "kill": [("a resume that forgets the optimizer's state", _changed(train.Learner, restore=_forgetful))],
+BROKEN: dict[str, list[tuple[str, AbstractContextManager[Any]]]] = {  # each can be put in once
+    "kill": [("a resume that forgets the optimizer's state", patch.object(train.Learner, "restore", _forgetful))],
     "write": [("a writer without rename", _instead(files.write, _write_in_place))],
     "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
     "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
@@ -113,12 +90,11 @@ BROKEN: dict[str, list[tuple[str, PutIn]]] = {
     "file": [("no check of the path", _instead(run_folder.check_room, lambda folder, parameters: None))],
     "lock": [("a lock that never locks", _instead(run_folder.locked, _never_locked))],
     "refuse": [("no check of a checkpoint's tensors", _instead(storage.check_tensors, lambda where, wanted, tensors: None))],
-    "settings": [("unknown keys are let through", _lenient_settings)],
+    "settings": [("unknown keys are let through", _lenient_settings())],
     "data": [("labels are not checked", _instead(sources._checked, _unchecked)),
-             ("an archive reader without caps",
-              _both(_changed(sources, MAX_PARQUET_BYTES=1 << 60), _changed(inputs, MAKERS=(_bomb,))))],
+             ("an archive reader without caps", _without_caps())],
     "payload": [("Python's own unpickler", _instead(sources._BatchUnpickler, pickle.Unpickler))],
-    "model": [("an ONNX file's checksum is not looked at", _changed(infer, SEAL=b"nowhere"))],
+    "model": [("an ONNX file's checksum is not looked at", patch.object(infer, "SEAL", b"nowhere"))],
     "photo": [("Pillow's errors are let through", _instead(photo.read_photo, lambda file: Image.open(file).convert("RGB")))],
-    "web": [("a server that fails on a file's name", _changed(web, SABOTAGE="serve._shown = lambda name: 1 / 0; "))],
+    "web": [("a server that fails on a file's name", patch.object(web, "SABOTAGE", "serve._shown = lambda name: 1 / 0; "))],
 }  # fmt: skip

@@ -123,8 +123,7 @@ class Ground:
             elif file.suffix == ".json":
                 json.loads(file.read_text())
             elif file.name == "metrics.csv":
-                epochs = [row["epoch"] for row in run_folder.read_metrics(folder)]
-                expect(epochs == list(range(1, len(epochs) + 1)), f"metrics.csv has epochs {epochs}")
+                run_folder.read_metrics(folder)
             else:
                 name = str(file.relative_to(folder))
                 expect(contents(folder)[name] == self.contents[name], f"{name} is half-written")
