@@ -203,8 +203,9 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
         "curves": f"{lines}The number at a curve is the validation accuracy of the kept weights, as in the table of results, "
-                  "and a dot is the epoch that they are of. All was measured while training, in its precision; the kept "
-                  "weights are measured again, in float32, which can differ by some tenths of a point.",
+                  "and a dot is the epoch that they are of. Enlarged, thick lines are means over a twentieth of the run. All "
+                  "was measured while training, in its precision; the kept weights are measured again, in float32, which can "
+                  "differ by some tenths of a point.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
                   "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept weights.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",

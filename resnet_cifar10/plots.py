@@ -130,13 +130,15 @@ def reached(row: Row) -> tuple[float, str]:
 
 def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
     """Plot the validation accuracy of all settings: the whole range, or the top of it enlarged, where it is smoothed."""
-    title = "the top, enlarged; thick: means over a twentieth of the run" if enlarged else "the whole range"
+    title = "the top, enlarged" if enlarged else "the whole range"
     told = [(row, row.curves("validation_accuracy"), line_of(row.number), *reached(row)) for row in rows]
 
     def paint(figure: Any) -> None:
-        axes, ends = figure.subplots(), []
+        axes, ends, starts = figure.subplots(), [], []
+        bottom = min(value for *_, value, _ in told) - 6
         for row, curves, line, _, text in told:
             mean = curves.mean(0)
+            starts.append(int((mean > bottom).argmax()))
             if enlarged:
                 window = max(1, len(mean) // 20)
                 axes.plot(np.arange(1, len(mean) + 1), mean, color=line[0], alpha=0.3, linewidth=0.7)
@@ -147,7 +149,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             mark_kept(axes, row, line[0])
             ends.append((curves.shape[1], float(mean[-1]), text, line))
         if enlarged:
-            axes.set(ylim=(min(value for *_, value, _ in told) - 6, max(curves.max() for _, curves, *_ in told) + 0.5))
+            axes.set(xlim=(min(starts), None), ylim=(bottom, max(curves.max() for _, curves, *_ in told) + 0.5))
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
