@@ -30,7 +30,13 @@ MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
 Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="What computes.")]
-TRAINING = ("torch", "safetensors", "simplejpeg", "pyarrow", "onnx", "onnxscript")  # the packages of the extra
+EXTRAS = {  # of pyproject.toml, each with its packages by the names that are imported
+    "train": ("torch", "safetensors", "simplejpeg", "pyarrow", "onnx", "onnxscript"),
+    "report": ("matplotlib", "jinja2", "markdown_it", "scipy"),
+    "serve": ("starlette", "uvicorn", "python_multipart"),
+    "ray": ("ray",),
+    "tensorflow": ("tensorflow", "keras"),
+}
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -55,7 +61,7 @@ def train(
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
-    _need_training()
+    _need("train", framework, "ray" if ray else "")
     if not ray and (cpus != 1 or gpus is not None):
         raise ValueError("--cpus, --gpus: found without --ray; allowed: together with it")
     if ray and framework != "pytorch":
@@ -78,7 +84,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
-    _need_training()
+    _need("train", framework)
     from .study import evaluate_model
 
     metrics = evaluate_model(model, _test_images(data), framework=framework)
@@ -177,7 +183,7 @@ def report(
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,
 ) -> None:
     """Write the report of finished and unfinished runs."""
-    _need_training()
+    _need("train", "report")
     from .report import check_archive, pack
     from .report import report as write_report
 
@@ -196,7 +202,7 @@ def export(
     data: Annotated[str | None, typer.Option(help=f"{DATA_HELP} Its test images instead of 256 random ones.")] = None,
 ) -> None:
     """Write a model as one self-contained ONNX file and compare it with PyTorch."""
-    _need_training()
+    _need("train")
     from .export import export as write_onnx
 
     test = _test_images(data) if data else None
@@ -212,6 +218,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
 ) -> None:
     """Open a web page that classifies photos; nothing leaves this machine."""
+    _need("serve")
     from .serve import serve as serve_page
 
     serve_page(model, host, port)
@@ -228,9 +235,10 @@ def data(
     print(f"CIFAR-10: {download(folder, url)}")
 
 
-def _need_training() -> None:
-    if missing := [package for package in TRAINING if find_spec(package) is None]:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'resnet-cifar10[train]'")
+def _need(*extras: str) -> None:
+    for extra in extras:
+        if missing := [package for package in EXTRAS.get(extra, ()) if find_spec(package) is None]:
+            raise ValueError(f"this command needs {', '.join(missing)}: pip install 'resnet-cifar10[{extra}]'")
 
 
 def _test_images(data: str) -> Split:

@@ -146,10 +146,8 @@ def _ray(address: str) -> Iterator[Any]:
             socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
         except (OSError, ValueError, OverflowError):
             raise ValueError(f"--ray: found {address!r}, where no cluster answers; allowed: HOST:PORT, auto or local") from None
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--ray needs Ray: pip install 'resnet-cifar10[ray]'") from None
+    import ray  # after the settings above
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         own: Any = {"num_cpus": os.cpu_count(), "object_store_memory": 80_000_000, "_temp_dir": folder}
         try:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import findings, plots
@@ -131,13 +133,6 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
             or `out` is a file.
 
     """
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-        from markdown_it import MarkdownIt
-    except ImportError as error:
-        raise ValueError(f"the report needs {error.name}: pip install 'resnet-cifar10[report]'") from None
     check_writable(out / "plots")
     rows = read_rows(folders)
     try:

@@ -22,19 +22,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-try:
-    import python_multipart  # noqa: F401  (Starlette reads forms with it)
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.datastructures import Headers, MutableHeaders, UploadFile
-    from starlette.exceptions import HTTPException
-    from starlette.formparsers import MultiPartParser
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-except ImportError as missing:
-    raise ValueError(f"the web page needs {missing.name}: pip install 'resnet-cifar10[serve]'") from None
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .explain import activation, heat_map
 from .infer import Classifier

@@ -86,12 +86,7 @@ def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
 
 
 def choose(framework: str) -> Any:
-    """Choose by name, "pytorch" or "tensorflow", all that depends on the framework: resolve, Learner, forward, VERSIONS.
-
-    Raises:
-        ValueError: If it is not installed.
-
-    """
+    """Choose by name, "pytorch" or "tensorflow", all that depends on the framework: resolve, Learner, forward, VERSIONS."""
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
 

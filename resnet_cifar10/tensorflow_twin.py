@@ -22,11 +22,8 @@ from .train import initial_network
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no advice on instruction sets, only warnings
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # with it, faster, TensorFlow prints lines that nothing else silences
 os.environ |= {"KERAS_BACKEND": "tensorflow", "KERAS_HOME": os.devnull}  # else Keras writes a file into the home folder
-try:
-    import keras
-    import tensorflow as tf
-except ImportError as missing:
-    raise ValueError(f"{missing.name} is not installed: pip install 'resnet-cifar10[tensorflow]'") from None
+import keras
+import tensorflow as tf
 
 VERSIONS = {"tensorflow": tf.__version__, "keras": keras.__version__, "onednn": os.environ["TF_ENABLE_ONEDNN_OPTS"]}
 TO_KERAS = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a vector, of the linear layer and of a convolution

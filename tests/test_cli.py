@@ -39,15 +39,34 @@ def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
 
 def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Path) -> None:
     (tmp_path / "words.md").write_text("Three words here.")
-    options = ["--words", tmp_path / "words.md", "--baseline", "D", "--zip", tmp_path / "1234_Name.zip"]
+    options = ["--words", tmp_path / "words.md", "--baseline", "D", "--goal", "100", "--zip", tmp_path / "1234_Name.zip"]
     done = run("report", digits_run.parents[1], "--out", tmp_path / "out", *options)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Three words here." in text
     assert "--baseline D" in text
+    assert "At least 100 % were asked for: reached by no setting." in text
     assert "(n = 2)" in text
     with zipfile.ZipFile(tmp_path / "1234_Name.zip") as archive:
         assert archive.read("1234_Name/report/report.md").decode() == text
     assert f"packed: {tmp_path / '1234_Name.zip'}" in done.out
+
+
+@pytest.mark.parametrize(("command", "package", "extra"), [
+    ("train settings/digits.toml --data digits --out OUT --ray", "ray", "ray"),
+    ("train settings/digits.toml --data digits --out OUT --framework tensorflow", "keras", "tensorflow"),
+    ("evaluate resnet32 --data digits", "safetensors", "train"),
+    ("evaluate resnet32 --data digits --framework tensorflow", "tensorflow", "tensorflow"),
+    ("report runs --out OUT", "jinja2", "report"),
+    ("export resnet32 --out OUT/a.onnx", "onnxscript", "train"),
+    ("serve", "uvicorn", "serve"),
+])  # fmt: skip
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, package: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    done = run(*command.replace("OUT", str(tmp_path / "out")).split(), status=2)
+    assert f"needs {package}: pip install 'resnet-cifar10[{extra}]'" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:

@@ -46,14 +46,6 @@ def test_the_core_does_not_know_tensorflow() -> None:
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_without_tensorflow_the_extra_is_named() -> None:
-    code = "import sys; sys.modules['keras'] = None; from resnet_cifar10.cli import main; main()"
-    arguments = ["evaluate", "resnet32", "--data", "digits", "--framework", "tensorflow"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "pip install 'resnet-cifar10[tensorflow]'" in done.stderr
-
-
 def test_inference_needs_no_pytorch() -> None:
     code = "import sys; sys.modules['torch'] = None; import resnet_cifar10.cli, resnet_cifar10.figure, resnet_cifar10.serve"
     subprocess.run([sys.executable, "-c", code], check=True)
