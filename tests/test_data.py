@@ -368,6 +368,17 @@ def test_a_picture_in_a_parquet_file_is_read_as_one_in_a_folder(tmp_path):
     assert images[1].unique().tolist() == [127] and torch.equal(images[2], torch.from_numpy(np.rot90(TEST[0][0], -1).copy()))
 
 
+def test_several_processes_decode_as_one_does_and_name_the_image_that_fails(class_folders, monkeypatch):
+    alone = load(class_folders, "train")
+    monkeypatch.setattr("resnet_cifar10.decode.CHUNK", 5)  # 18 images: the last process has fewer
+    together = load(class_folders, "train", processes=2)
+    assert torch.equal(together.images, alone.images) and torch.equal(together.labels, alone.labels)
+    (class_folders / "train" / "red" / "picture.tiff").write_bytes(b"no picture")
+    with pytest.raises(ValueError) as error:
+        load(class_folders, "train", processes=2)
+    assert "red/picture.tiff: not an image" in one_line(error)
+
+
 def test_an_image_of_a_class_folder_that_does_not_decode_is_named(class_folders):
     file = class_folders / "train" / "green" / "holiday.jpg"
     for content in (b"", b"not an image", encoded(TEST[0][0], "JPEG")[:400]):
