@@ -145,7 +145,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     best_row = best if sum(bool(row.accuracies("validation")) for row in rows) > 1 else None  # alone it is no best one
-    compared = comparisons(rows, baseline)
+    compared = comparisons(rows, baseline, best)
     changes = [each for each in compared if each.other is baseline and each.p is not None]
     section = best_section(best, rows) if best else None
     model = photo_model or (best and best_run(best).folder)
@@ -164,7 +164,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
-    for option, value in (("--photo-model", photo_model), ("--words", words), ("--baseline", baseline_name), ("--goal", goal)):
+    for option, value in (("--photo-model", photo_model), ("--words", words), ("--baseline", baseline_name),
+                          ("--goal", goal and f"{goal:g}")):  # fmt: skip
         options += [option, str(value)] if value else []
     seeds = {run.seed for row in rows for run in row.runs}
     content: dict[str, Any] = {

@@ -17,6 +17,7 @@ from .files import read_json
 from .run_folder import read_metrics
 from .settings import Setting, validated
 
+FEW = 6  # settings, each of which is compared with the best too
 ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude does not show
 
 
@@ -249,14 +250,16 @@ def compare(row: Row, other: Row) -> Comparison:
     return compared
 
 
-def comparisons(rows: Sequence[Row], baseline: Row | None) -> list[Comparison]:
-    """Compare every tested row with the baseline, the best first, and with each other row that it repeats with one more change.
+def comparisons(rows: Sequence[Row], baseline: Row | None, best: Row | None) -> list[Comparison]:
+    """Compare tested rows: each with the baseline and those that it repeats with one more change, of few the best with each.
 
     Which ones stand the test of all at once is by Holm's correction, 5 % (Holm 1979).
     """
     counted = [(row, len(differing(row, baseline))) for row in rows if row.accuracies("test")] if baseline else []
+    chosen = best if len(rows) <= FEW else None
     found = [compare(row, other) for row, changes in counted if row is not baseline for other, fewer in counted
-             if other is baseline or (0 < fewer < changes and len(differing(row, other)) == 1)]  # fmt: skip
+             if row is not other and (other is baseline or row is chosen or (other is not chosen and 0 < fewer < changes
+                                                                             and len(differing(row, other)) == 1))]  # fmt: skip
     tested, stands = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None), True
     for rank, (p, i) in enumerate(tested):
         found[i].stands = stands = stands and p * (len(tested) - rank) < 0.05

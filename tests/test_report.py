@@ -244,7 +244,7 @@ def test_the_classes_are_told_of_every_setting(out: Path) -> None:
 def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
     for goal, said in ((92.0, "reached by Setting #2 and Setting #3."), (99.0, "reached by no setting.")):
         text = report([study], tmp_path / "out", goal=goal).with_suffix(".md").read_text()
-        assert f"At least {goal:g} % were asked for: {said}" in text and f"--goal {goal}" in text
+        assert f"At least {goal:g} % were asked for: {said}" in text and f"--goal {goal:g}\n" in text + "\n"
 
 
 def test_welch() -> None:
@@ -273,17 +273,30 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
     changed = {"Base": {}, "Slow": {"lr": 0.01}, "Bare": {"normalization": "none"}, "Adam": {"optimizer": "adam"},
                "Slow and bare": {"lr": 0.01, "normalization": "none"}}  # fmt: skip
     for name, changes in changed.items():
-        write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changes}), 0, 90.0)
+        validation = 91.0 if name == "Base" else 90.0
+        write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changes}), 0, 90.0, validation)
     report([tmp_path / "study"], tmp_path / "out")
     found = [" against ".join(pair) for pair in comparisons((tmp_path / "out" / "report.md").read_text())]
     assert sorted(found) == ["Adam against Base", "Bare against Base", "Slow against Base", "Slow and bare against Bare",
                              "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
 
 
+def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
+    best = TWO.model_copy(update={"name": "Best", "optimizer": "adam", "lr": 0.01, "epochs": 3})
+    short = best.model_copy(update={"name": "Short", "model": "resnet20"})
+    for setting, value in ((TWO, 90.0), (THREE, 89.0), (short, 88.0), (best, 92.0)):
+        write_run(tmp_path / "study", setting, 0, value, validation=value)
+    text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #2").with_suffix(".md").read_text()
+    assert len(re.findall(r"^\| (Best|Short|Setting #3) \| (Best|Short|Setting #[23]) \|", text, re.MULTILINE)) == 5
+    assert list(comparisons(text)) == [("Best", "Setting #2"), ("Setting #3", "Setting #2"), ("Short", "Setting #2"),
+                                       ("Best", "Short"), ("Best", "Setting #3")]  # fmt: skip
+
+
 def test_the_baseline_can_be_named(tmp_path: Path) -> None:
     write_study(tmp_path / "study")
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #3").with_suffix(".md").read_text()
-    assert list(comparisons(text)) == [("Setting #2", "Setting #3"), ("Setting #1", "Setting #3")]
+    assert list(comparisons(text)) == [("Setting #2", "Setting #3"), ("Setting #1", "Setting #3"),
+                                       ("Setting #2", "Setting #1")]  # fmt: skip
     assert "--baseline 'Setting #3'" in text
     with pytest.raises(ValueError, match="--baseline: found 'Setting #4'; allowed: 'Setting #1', 'Setting #2', 'Setting #3'"):
         report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #4")
