@@ -104,6 +104,18 @@ def write_study(out: Path) -> Path:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """Ask for it where the plots themselves matter."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the seconds of drawing plots that nobody looks at; `out` has them."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "draw", lambda name, alt, *_: plots.Picture(f"plots/{name}.png", alt, b"", "<svg></svg>"))
+
+
+@pytest.fixture
 def study(tmp_path: Path) -> Path:
     return write_study(tmp_path / "study")
 
@@ -166,6 +178,7 @@ def test_the_table_has_the_14_columns_in_the_words_of_the_assignment(out: Path) 
     assert [len(line) for line in lines[:5]] == [15] * 5
 
 
+@pytest.mark.usefixtures("drawn")
 def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     row = _Tables(page).tables[0][3]
@@ -255,6 +268,7 @@ def test_welch() -> None:
     assert welch([90.0, 90.0], [91.0, 91.2]) == pytest.approx((0.0577, -2.371, 0.171), abs=1e-3)  # 11 errors of 0.1, 1 freedom
 
 
+@pytest.mark.usefixtures("drawn")
 def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretation(tmp_path: Path) -> None:
     change = ONE.model_copy(update={"name": "Wide steps", "lr": 0.5})
     for setting, values in ((ONE, (90.0, 90.2, 90.4)), (change, (88.0, 88.3, 88.2))):
@@ -302,6 +316,7 @@ def test_the_baseline_can_be_named(tmp_path: Path) -> None:
         report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #4")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path) -> None:
     plain = TWO.model_copy(update={"name": "Plain", "shortcut": "none"})
     for setting, factor in ((ONE, 1.0), (TWO, 1.0), (plain, 10.0)):
@@ -320,6 +335,7 @@ def test_where_signals_differ_between_the_networks_they_are_drawn(tmp_path: Path
     assert "How signals pass" not in report([tmp_path / "study"], tmp_path / "out").read_text()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_many_settings_have_a_panel_each_instead_of_lines_that_nobody_can_tell_apart(tmp_path: Path) -> None:
     for number in range(7):
         write_run(tmp_path / "study", TWO.model_copy(update={"name": f"lr 0.{number}", "lr": 0.1 + number}), 0, 90.0)
@@ -394,6 +410,7 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_equal_runs_give_equal_bytes(out: Path, tmp_path: Path) -> None:
     photos = [out.parent / "red_photo.png", out.parent / "white_photo.png"]
     again = report([out.parent / "study"], tmp_path / "out", photos).parent
@@ -500,6 +517,7 @@ def test_out_is_a_file(study: Path, tmp_path: Path) -> None:
         report([study], tmp_path / "out")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_study_without_validation_or_test_images_is_reported(tmp_path: Path) -> None:
     for setting in (ONE, TWO):
         folder = write_run(tmp_path / "study", setting, 0, 90.0)
