@@ -23,7 +23,7 @@ from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
-from .results import Row, Run, baseline_of, best_of, comparisons, join, networks, read_rows
+from .results import FEW, Row, Run, baseline_of, best_of, comparisons, join, networks, read_rows
 
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
            "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
@@ -48,7 +48,7 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     if not m:
         return None
     names, counts = list(m["per_class"]), m["confusion"]
-    shown = [row for row in rows if row.measured(split)] if len(rows) <= len(plots.LINES) else [best]
+    shown = [row for row in rows if row.measured(split)] if len(rows) <= FEW else [best]
     classes = [(name, [_mean(row, split, name, "recall") for row in shown], _mean(best, split, name, "precision"),
                 int(m["per_class"][name]["n"])) for name in names]  # fmt: skip
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
@@ -155,7 +155,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     cards = classified(photos, classifier) if classifier else []
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
-    many = len(validated) > len(plots.LINES)  # too many to tell their lines apart
+    many = len(validated) > FEW
     panels = plots.plot_panels(validated, baseline) if many else None
     overview = [plots.plot_all(validated, enlarged=False)] if len(validated) > 1 and not many else []
     overview += [plots.plot_all(top, enlarged=True)] if overview and (top := top_of(validated)) else []

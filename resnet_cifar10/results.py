@@ -17,7 +17,7 @@ from .files import read_json
 from .run_folder import read_metrics
 from .settings import Setting, validated
 
-FEW = 6  # settings, each of which is compared with the best too
+FEW = 6  # settings: their lines can be told apart, and each is compared with the best
 ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude does not show
 
 
@@ -267,7 +267,7 @@ def comparisons(rows: Sequence[Row], baseline: Row | None, best: Row | None) -> 
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return a.shape == b.shape and np.allclose(np.log(a), np.log(b), rtol=0, atol=np.log(ALIKE))
+    return a.shape == b.shape and bool((np.maximum(a, b) <= ALIKE * np.minimum(a, b)).all())
 
 
 def networks(rows: Sequence[Row]) -> list[list[Row]]:
