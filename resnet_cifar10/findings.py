@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from .infer import Classifier
-from .results import ALIKE, Comparison, Row, differing, join, signed, spread, welch
+from .results import ALIKE, FEW, Comparison, Row, differing, join, signed, spread, welch
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
@@ -22,7 +21,6 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
                  "altflip": "each image mirrored in every second epoch",
                  "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
                  "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
-MANY = 5  # settings; of more the findings name only the extremes
 
 
 def span(numbers: Iterable[float], form: str = ",") -> str:
@@ -39,25 +37,24 @@ def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> li
         texts: dict[str, list[str]] = {}
         for name, terms in described:
             texts.setdefault(terms[term], []).append(name)
-        ranked = sorted(texts.items(), key=lambda each: len(each[1]) > MANY)
+        ranked = sorted(texts.items(), key=lambda each: len(each[1]) > FEW)
         said = [f"{join(names)}: {text}" for text, names in ranked[:-1]]
         text, names = ranked[-1]
-        said.append(text if not said else f"{join(names) if len(names) <= MANY else 'The others'}: {text}")
+        said.append(text if not said else f"{join(names) if len(names) <= FEW else 'The others'}: {text}")
         lines.append((term, ". ".join(said)))
     return lines
 
 
-def cells(row: Row, seeds: set[int]) -> list[str]:
-    """Fill the 14 columns; `seeds` are those of all rows, of which this one may lack some."""
+def cells(row: Row) -> list[str]:
+    """Fill the 14 columns."""
     s, tests, minutes = row.setting, row.accuracies("test"), [run.result["train_minutes"] for run in row.done]
     model = s.model.replace("resnet", "ResNet" if s.shortcut == "identity" else "Plain")
     model += f", width {s.width}" if s.width != 16 else ""
     sgd = "SGD (momentum)" if s.momentum else "SGD"
-    accuracy = [spread(tests) + (f"\n(n = {len(tests)})" if len(seeds) > 1 else "")] if tests else []
+    accuracy = [f"{spread(tests)}\n(n = {len(tests)})"] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
     accuracy += [(f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
                  for run in row.runs if not run.result]  # fmt: skip
-    accuracy += [f"seed {seed} missing" for seed in sorted(seeds - {run.seed for run in row.runs}) if len(row.runs) > 1]
     return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
             WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs), WORDS[s.normalization],
             "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
@@ -93,8 +90,8 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
-        "Training time (m)": "minutes of training and validation by the clock, while other work ran, from the fastest to the "
-                             "slowest seed; they compare settings only where processor and threads are the same (last section)",
+        "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "
+                             "compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; mean ± sample "
@@ -129,13 +126,12 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
             reached = join([row.name for row in tested if np.mean(row.accuracies("test")) >= goal]) or "no setting"
             text += f" At least {goal:g} % were asked for: reached by {reached}."
         others = [row for row in tested if row is not best]
-        compared = [(row.name, welch(row.accuracies("test"), tests)) for row in others]
-        if alike := [name for name, found in compared if found and found[0] >= 0.05]:
+        if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
             text += f" Each tested by itself, the seeds cannot tell it from {join(alike, 'or')}."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
-            each, them = (" each", "them") if len(single) > 1 else ("", "it" if len(tests) > 1 else "the others")
-            text += f" With one seed{each} of {join(single)}, its distance from {them} is that of single runs."
+            each, them = (" each", "them") if len(single) > 1 else ("", "it")
+            text += f" With one seed{each} of {join(single)}, distances from {them} are those of single runs."
     return text + last
 
 
@@ -147,29 +143,24 @@ def differences(compared: Comparison) -> list[str]:
     changes = join([f"{key} {' instead of '.join(v if isinstance(v, str) else str(v).lower() for v in both)}"
                     for key, *both in values])  # fmt: skip
     interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
-    told = "yes" if compared.stands else "by itself only" if p is not None and p < 0.05 else "no"
-    if p is None:
-        told = f"one seed of {join(compared.single)}" if compared.single else "the seeds of neither vary"
     shown = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
-    return [row.name, other.name, changes or "nothing but the name", signed(compared.gain), interval, shown, told]
+    return [row.name, other.name, changes or "nothing but the name", signed(compared.gain), interval, shown, compared.told]
 
 
 def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
     """Write what the numbers carry, and no more: (lead, text)."""
-    finished = [row for row in rows if row.done]
-    found = []
-    tested = [row for row in finished if row.accuracies("test")]
-    highest = max(tested, key=lambda row: float(np.mean(row.accuracies("test"))), default=best)
+    found, gaps = [], []
+    tested, validated = ([row for row in rows if row.accuracies(split)] for split in ("test", "validation"))
+    highest = max(tested, key=lambda row: (float(np.mean(row.accuracies("test"))), row is best), default=best)
     if best and highest and highest is not best:
         found.append(("Chosen by validation", f"{highest.name} has the highest test accuracy, but the choice is made by "
                       "validation accuracy, so that the test images stay unseen until the end."))  # fmt: skip
-    gaps = []
-    for row in (row for row in finished if row.accuracies("validation")):
+    for row in validated:
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
         gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({signed(train - seen, 1)} points)"))
     if gaps:
-        many, augmented = len(gaps) > MANY, any(row.setting.augmentation != "none" for row in finished)
+        many, augmented = len(gaps) > FEW, any(row.setting.augmentation != "none" for row in validated)
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         changed = ", on augmented images: as they are, more of them are classified correctly" * augmented
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
@@ -192,20 +183,19 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
             "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
 
-def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], classifier: Classifier | None,
-          name: str) -> dict[str, str]:  # fmt: skip
-    """Write what stands beside the pictures and tables, for both forms of the report; `name` is the classifier's."""
-    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands, where the lines are few, "
-             "reach from the lowest to the highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
+def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]]) -> dict[str, str]:
+    """Write what stands beside the pictures and tables, for both forms of the report."""
+    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
+             "highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
     alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
              f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
-        "curves": f"{lines}The number at a curve is the validation accuracy of the kept weights, as in the table of results, "
-                  "and a dot is the epoch that they are of. Enlarged, thick lines are means over a twentieth of the run. All "
-                  "was measured while training, in its precision; the kept weights are measured again, in float32, which can "
-                  "differ by some tenths of a point.",
+        "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
+                    "can differ from the curve by some tenths of a point. Enlarged, thick lines are means over a twentieth of "
+                    "the run.",
+        "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its precision.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
                   "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept weights.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
@@ -228,10 +218,6 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
         told["gains"] = (f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled: "
                          "the seeds tell the two apart, also when all comparisons are tested at once; hollow: by itself only; "
                          "grey: they cannot. The axis is logarithmic beyond 2 points.")  # fmt: skip
-    if classifier:
-        told["photos"] = (f"Classified by {name}, of {len(classifier.classes)} classes, trained on "
-                          f"{classifier.config['data']}. “None of these”: its likeness to the "
-                          "classes, less a penalty for odd textures, is below the model's threshold.")  # fmt: skip
     return told
 
 

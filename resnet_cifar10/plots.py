@@ -221,17 +221,17 @@ def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
         axes = figure.subplots()
         axes.set_xscale("symlog", linthresh=2)
         for i, (each, low, high, figures) in enumerate(told):
-            colour = LINES[0][0] if low > 0 or high < 0 else MUTED
+            colour = MUTED if each.told == "no" else LINES[0][0]
             axes.plot([low, high], [i, i], color=colour, marker="|", markersize=7)
-            inside = colour if each.stands or colour == MUTED else PAPER
+            inside = PAPER if each.told == "by itself only" else colour
             axes.plot(each.gain, i, "o", color=colour, markersize=5, markerfacecolor=inside)
             axes.text(1.02, i, figures, color=colour, fontsize="small", va="center", transform=axes.get_yaxis_transform())
         axes.axvline(0, color=INK, linewidth=0.8)
         left, right = axes.get_xlim()
         axes.set_xticks([tick for tick in TICKS if left < tick < right])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_yticks(range(len(told)), [each.row.name for each, *_ in told])
-        axes.set(xlabel=f"test accuracy against {baseline.name} (points)", ylim=(-0.7, len(told) - 0.3))
+        axes.set_yticks(range(len(told)), [shortened(each.row.name) for each, *_ in told])
+        axes.set(xlabel=f"test accuracy against {shortened(baseline.name)} (points)", ylim=(-0.7, len(told) - 0.3))
 
     gains = join([f"{each.row.name} {figures}" for each, *_, figures in told])
     alt = f"Test accuracy against {baseline.name}, in points: {gains}"

@@ -89,9 +89,17 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
     return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
 
 
-def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str, Any]]:
-    """Classify photos: picture, verdict and the three highest probabilities in percent."""
-    cards = []
+def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row | None) -> tuple[list[dict[str, Any]], str]:
+    """Classify photos: a picture, verdict and three highest probabilities in percent of each; and by whom, in words."""
+    if not photos:
+        return [], ""
+    if photo_model:
+        model, by = photo_model, f"the model {portable(photo_model)}"
+    elif best:
+        model, by = best_run(best).folder, best.name
+    else:
+        raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
+    cards, classifier = [], Classifier(model)
     for number, file in enumerate(photos, 1):
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
@@ -100,7 +108,11 @@ def classified(photos: Sequence[Path], classifier: Classifier) -> list[dict[str,
         picture = raster(f"plots/photo-{number}.jpg", shown, ImageOps.contain(photo, (320, 320)))
         bars = sorted(((100 * p, name) for name, p in prediction.probabilities.items()), reverse=True)[:3]
         cards.append({"name": name, "prediction": prediction, "bars": bars, "picture": picture})
-    return cards
+    note = (
+        f"Classified by {by}, of {len(classifier.classes)} classes, trained on {classifier.config['data']}. "
+        "“None of these”: its likeness to the classes, less a penalty for odd textures, is below the model's threshold."
+    )
+    return cards, note
 
 
 def markdown(value: Any) -> Any:
@@ -148,17 +160,16 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     compared = comparisons(rows, baseline, best)
     changes = [each for each in compared if each.other is baseline and each.p is not None]
     section = best_section(best, rows) if best else None
-    model = photo_model or (best and best_run(best).folder)
-    if photos and not model:
-        raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
-    classifier = Classifier(model) if photos and model else None
-    cards = classified(photos, classifier) if classifier else []
+    cards, photo_note = classified(photos, photo_model, best)
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
     many = len(validated) > FEW
-    panels = plots.plot_panels(validated, baseline) if many else None
-    overview = [plots.plot_all(validated, enlarged=False)] if len(validated) > 1 and not many else []
-    overview += [plots.plot_all(top, enlarged=True)] if overview and (top := top_of(validated)) else []
+    overview: list[Picture] = []
+    if many:
+        overview = [plots.plot_panels(validated, baseline)]
+    elif len(validated) > 1:
+        overview = [plots.plot_all(validated, enlarged=False)]
+        overview += [plots.plot_all(top, enlarged=True)] if (top := top_of(validated)) else []
     alone = [] if many else [(row, plots.plot_one(row)) for row in started]
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
@@ -167,17 +178,14 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     for option, value in (("--photo-model", photo_model), ("--words", words), ("--baseline", baseline_name),
                           ("--goal", goal and f"{goal:g}")):  # fmt: skip
         options += [option, str(value)] if value else []
-    seeds = {run.seed for row in rows for run in row.runs}
     content: dict[str, Any] = {
         "data": data, "answer": findings.answer(rows, best, data, goal), "best_row": best_row, "best": section,
-        "columns": findings.COLUMNS, "rows": [(row, findings.cells(row, seeds)) for row in rows],
+        "columns": findings.COLUMNS, "rows": [(row, findings.cells(row)) for row in rows],
         "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
-        "machine": findings.merged(rows, findings.provenance), "overview": overview, "panels": panels, "plots": alone,
+        "machine": findings.merged(rows, findings.provenance), "overview": overview, "many": many, "plots": alone,
         "comparison_columns": findings.DIFFERENCES, "comparisons": [findings.differences(each) for each in compared],
         "findings": findings.findings(rows, best), "photos": cards,
-        "notes": findings.notes(rows, baseline, groups, classifier,
-                                f"the model {portable(photo_model)}" if photo_model else
-                                f"{best and best.name}{', the best setting' * bool(best_row)}"),
+        "notes": findings.notes(rows, baseline, groups) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": text_of_words,
@@ -191,7 +199,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
     text = markdown_of.get_template("report.md.j2").render(content)
     pictures = [*overview, *(plot for _, plot in alone), *(card["picture"] for card in cards)]
-    pictures += [*content["signals"], content["differences"], panels]
+    pictures += [*content["signals"], content["differences"]]
     pictures += [section[key] for key in ("confusion", "mistakes_picture") if section]
     for picture in filter(None, pictures):
         write(out / picture.file, picture.content)

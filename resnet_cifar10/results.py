@@ -17,7 +17,7 @@ from .files import read_json
 from .run_folder import read_metrics
 from .settings import Setting, validated
 
-FEW = 6  # settings: their lines can be told apart, and each is compared with the best
+FEW = 6  # settings: their lines can be told apart, all are named, and each is compared with the best
 ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude does not show
 
 
@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A setting with its runs, ordered by seed; the number, its place in the table, gives its colour in all plots."""
+    """A setting with its runs, ordered by seed; the number, its place in the table, gives its colour in the plots of curves."""
 
     number: int
     name: str
@@ -77,6 +77,12 @@ class Row:
         return np.stack([column[: min(map(len, columns))] for column in columns])
 
 
+class _Class(BaseModel):
+    recall: float
+    precision: float
+    n: int
+
+
 class _Measured(BaseModel):  # what is needed of a split; the rest is for readers
     accuracy: float
     n: int
@@ -86,7 +92,7 @@ class _Measured(BaseModel):  # what is needed of a split; the rest is for reader
     negative_log_likelihood: float
     negative_log_likelihood_scaled: float
     temperature: float
-    per_class: dict[str, dict[str, float]]
+    per_class: dict[str, _Class]
     confusion: list[list[int]]
 
 
@@ -236,6 +242,13 @@ class Comparison:
         """Whose one seed leaves no test."""
         return [row.name for row in (self.row, self.other) if len(row.accuracies("test")) < 2]
 
+    @property
+    def told(self) -> str:
+        """Whether the seeds tell the two apart."""
+        if self.p is None:
+            return f"one seed of {join(self.single)}" if self.single else "the seeds of neither vary"
+        return "yes" if self.stands else "by itself only" if self.p < 0.05 else "no"
+
 
 def compare(row: Row, other: Row) -> Comparison:
     """Compare two rows that were both tested."""
@@ -288,7 +301,7 @@ def spread(values: Sequence[float]) -> str:
 
 def signed(points: float, digits: int = 2) -> str:
     """Write a difference with its sign."""
-    return f"{points:+.{digits}f}".replace("-", "−")
+    return f"{points:+z.{digits}f}".replace("-", "−")
 
 
 def join(words: Sequence[str], link: str = "and") -> str:

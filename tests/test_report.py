@@ -26,7 +26,7 @@ from resnet_cifar10.files import write_json
 from resnet_cifar10.findings import AUGMENTATIONS, WORDS
 from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
 from resnet_cifar10.report import pack, report
-from resnet_cifar10.results import Comparison, read_rows, welch
+from resnet_cifar10.results import Comparison, read_rows, signed, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
 
@@ -183,7 +183,7 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
     page = (out / "report.html").read_text()
     row = _Tables(page).tables[0][3]
     assert row[0] == "Setting #3"
-    assert row[-1].split("\n") == ["93.50", "(n = 1)", "seed 1 unfinished: epoch 2 of 6", "seed 2 missing"]
+    assert row[-1].split("\n") == ["93.50", "(n = 1)", "seed 1 unfinished: epoch 2 of 6"]
     assert "Runs still unfinished: 1 of 8" in page
 
     for result in study.glob("*/*/result.json"):
@@ -215,7 +215,7 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     text = (out / "report.md").read_text()
     assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
             "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
-            "With one seed of Setting #3, its distance from it is that of single runs.") in text  # fmt: skip
+            "With one seed of Setting #3, distances from it are those of single runs.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
     assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
@@ -408,6 +408,7 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     page = report([tmp_path / "copy"], tmp_path / "out")
     assert all("detail that the copy has lost" in file.read_text() for file in (page, page.with_suffix(".md")))
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
+    assert "The number at a curve" in (out / "report.html").read_text() and "The number at a curve" not in page.read_text()
 
 
 @pytest.mark.usefixtures("drawn")
@@ -479,6 +480,11 @@ def fewer_test_images(run: Path) -> None:
     (run / "result.json").write_text(result.replace('"n": 10000', '"n": 9000'))
 
 
+def drop_a_recall(run: Path) -> None:
+    result = (run / "result.json").read_text()
+    (run / "result.json").write_text(result.replace('"recall"', '"recalled"', 1))
+
+
 def rename_a_class(run: Path) -> None:
     result = (run / "result.json").read_text()
     (run / "result.json").write_text(result.replace('"cat"', '"lynx"'))
@@ -495,6 +501,7 @@ def rename_a_class(run: Path) -> None:
     (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
     (lambda study: change(study / RUN / "result.json", best_epoch="5"), "result.json: damaged: key 'best_epoch': found '5'"),
     (lambda study: change(study / RUN / "result.json", test={"accuracy": 90}), "result.json: damaged: key 'test.n'"),
+    (lambda study: drop_a_recall(study / RUN), "result.json: damaged: key 'validation.per_class.airplane.recall' is missing"),
     (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
     (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
     (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
@@ -537,10 +544,11 @@ def test_a_study_without_validation_or_test_images_is_reported(tmp_path: Path) -
 
 
 def test_equal_results_are_no_difference(tmp_path: Path) -> None:
-    for setting in (ONE, TWO):
-        write_run(tmp_path / "study", setting, 0, 90.0)
-    report([tmp_path / "study"], tmp_path / "out")
-    (found,) = comparisons((tmp_path / "out" / "report.md").read_text()).values()
+    for setting, validation in ((ONE, 90.0), (TWO, 91.0)):
+        write_run(tmp_path / "study", setting, 0, 90.0, validation=validation)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    (found,) = comparisons(text).values()
+    assert "highest test accuracy" not in text and signed(-1e-9) == "+0.00"
     assert found[1:3] == ["+0.00", "−0.83 to +0.83"]  # by hand: 1.96 * sqrt(2 * 90 * 10 / 10,000) = 0.83
 
 
