@@ -100,7 +100,8 @@ def train(split: Split, depth: int, device: str, precision: str, compiled: bool,
     setting = Setting(name="benchmark", model=f"resnet{depth}", batch_size=batch_size, epochs=epochs, validation_size=0)
     nothing = split.subset(torch.arange(0))
     keep_memory()  # as study.run does
-    for metrics, _ in resnet_cifar10.train.train(setting, 0, split, nothing, device, precision, compiled):
+    learner = resnet_cifar10.train.Learner(setting, 0, split, device, precision, compiled)
+    for metrics, _ in resnet_cifar10.train.train(learner, setting, 0, split, nothing):
         after_epoch(metrics["train_seconds"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict
@@ -261,33 +262,29 @@ def main() -> None:
 
     def interrupt(number: int, frame: object) -> NoReturn:
         interrupted.append(number)
-        raise KeyboardInterrupt
+        raise SystemExit(130)  # of a KeyboardInterrupt typer would make a result
 
     signal.signal(signal.SIGINT, interrupt)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
-    if "" in sys.argv:
+    if any(not argument or re.fullmatch("--[a-z-]+=", argument) for argument in sys.argv):
         _fail("found an empty argument, perhaps a variable that is not set; allowed: a value", 2)
     after = [*sys.argv[1:], "-"]  # the ADDRESS of --ray may be left out, which typer does not know
     sys.argv = ["--ray=local" if (a, b[:1]) == ("--ray", "-") else a for a, b in zip(sys.argv, after, strict=True)]
     try:
         status: Any = app(standalone_mode=False)
-    except typer.TyperException as error:
-        message = error.format_message().replace("Value error, ", "")  # a word of pydantic's, by which typer checks
-        causes: Any = getattr(error.__cause__, "errors", list)()
-        found = [repr(cause["input"]) for cause in causes]
-        _fail(message + "".join(f"; found {value}" for value in found if value not in message), 2)
-    except (ValueError, OSError, JobFailed) as error:
-        if interrupted:
+    except BaseException as error:
+        if interrupted:  # libraries that Ctrl-C meets as they are imported raise all sorts of things
             _fail("stopped", 130)
-        impossible = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES)  # a path from outside
-        _fail(error, 2 if isinstance(error, ValueError) or impossible else 1)
-    except Interrupted as error:
-        _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
-    except BaseException:
-        if not interrupted:
-            raise
-        _fail("stopped", 130)  # libraries that Ctrl-C meets as they are imported raise all sorts of things
-    if status == 130:  # what typer makes of Ctrl-C
-        _fail("stopped", 130)
+        if isinstance(error, Interrupted):
+            _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
+        if isinstance(error, typer.TyperException):
+            message = error.format_message().replace("Value error, ", "")  # a word of pydantic's, by which typer checks
+            causes: Any = getattr(error.__cause__, "errors", list)()
+            found = [repr(cause["input"]) for cause in causes]
+            _fail(message + "".join(f"; found {value}" for value in found if value not in message), 2)
+        if isinstance(error, ValueError | OSError | JobFailed):
+            impossible = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES)  # a path from outside
+            _fail(error, 2 if isinstance(error, ValueError) or impossible else 1)
+        raise
     sys.exit(status if isinstance(status, int) else 0)

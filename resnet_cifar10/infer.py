@@ -116,8 +116,8 @@ class Classifier:
         options.log_severity_level = 4
         try:
             content = file.read_bytes()
-            body, end = content[: -len(seal(b""))], content[-len(seal(b"")) :]
-            if end.startswith(SEAL) and content != seal(body):
+            body, sealed, _ = content.rpartition(SEAL)
+            if sealed and content != seal(body):
                 raise ValueError("damaged: its SHA-256 does not match")
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             blank = np.zeros((1, SIZE, SIZE, 3), np.uint8)

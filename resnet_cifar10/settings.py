@@ -160,7 +160,7 @@ def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
         elif first["type"] == "missing":
             message = f"key '{key}' is missing"
         elif first["type"] == "value_error":  # our own sentence
-            message = one_line(first["ctx"]["error"])
+            message = str(first["ctx"]["error"])
         raise ValueError(f"{where}: {message}") from None
 
 

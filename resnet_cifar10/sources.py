@@ -190,7 +190,7 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    blobs: list[bytes | None] = []
+    blobs: list[bytes] = []
     labels: list[int] = []
     total = 0
     parts = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -202,10 +202,11 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     for file in (file for file, part in part_of.items() if part):  # of all splits: a label means the same in each
         try:
             features = json.loads((pq.read_schema(file).metadata or {})[b"huggingface"])["info"]["features"]
-            named.setdefault(_class_names(features["label"]["names"], "'names'"), file)
+            said = features["label"]["names"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{file}: not a parquet file with class names, as Hugging Face writes them: "
                              f"{one_line(error)}") from None  # fmt: skip
+        named.setdefault(_class_names(said, f"{file}: 'names'"), file)
     if len(named) > 1:
         first, other, *_ = named.values()
         raise ValueError(f"{other}: its class names are not those of {first}")
@@ -216,16 +217,17 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             if table.metadata.num_rows > MAX_ROWS:
                 raise ValueError(f"found {table.metadata.num_rows:,} rows; allowed: at most {MAX_ROWS:,}")
             for part in table.iter_batches(64, columns=[image_column, "label"]):  # all rows can name one large image
-                blobs += (images_here := pc.struct_field(part.column(image_column), "bytes").to_pylist())
-                total += sum(len(blob or b"") for blob in images_here)
+                images_here = [blob or b"" for blob in pc.struct_field(part.column(image_column), "bytes").to_pylist()]
+                blobs += images_here
+                total += sum(map(len, images_here))
                 if total > MAX_PARQUET_BYTES:
                     raise ValueError(f"found more than {MAX_PARQUET_BYTES:,} bytes of images")
                 labels += part.column("label").to_pylist()
         except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{file}: not a parquet file with 'img' or 'image' and 'label': {one_line(error)}") from None
     (names,) = named
-    images = decode([blob or b"" for blob in blobs], f"{folder}: split '{split}'", processes)
-    qualities = {_jpeg_quality(blob) for blob in blobs[:: len(blobs) // 100 + 1] if blob} - {0}
+    images = decode(blobs, f"{folder}: split '{split}'", processes)
+    qualities = {_jpeg_quality(blob) for blob in blobs[:: len(blobs) // 100 + 1]} - {0}
     what = "CIFAR-10" if names == CIFAR10_CLASSES else folder.resolve().name
     copy = f" (JPEG quality {max(qualities)} copy)" if len(qualities) == 1 else " (JPEG copy)" if qualities else ""
     return _checked(images, labels, names, what + copy, folder)

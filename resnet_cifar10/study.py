@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .data import Split, hold_out, mean_and_std
+from .data import Split, hold_out
 from .errors import Interrupted, JobFailed
 from .evaluate import evaluate, predict
 from .export import finish
@@ -60,16 +60,17 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         print(f"reading {data}", flush=True)
         if rank == 0:
             claim(runs, read, framework)
-        done = [[(folder / "result.json").exists() for *_, folder in runs]]
-        if dist.is_initialized():  # the file system of another host may be late
-            dist.broadcast_object_list(done)
         failed = []
-        for number, ((setting, seed, folder), is_done) in enumerate(zip(runs, done[0], strict=True), 1):
+        for number, task in enumerate(runs, 1):
+            # looked up anew each time: another command may have done some; the file system of another host may be late
+            todo = [[other for other in runs[number - 1 :] if not (other[2] / "result.json").exists()]]
+            if dist.is_initialized():
+                dist.broadcast_object_list(todo)
+            (setting, seed, folder), is_done = task, task not in todo[0]
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
             if not is_done:
-                rest = zip(runs[number:], done[0][number:], strict=True)
-                later = sum(other.epochs * _size(other) for (other, *_), over in rest if not over)
+                later = sum(other.epochs * _size(other) for other, *_ in todo[0][1:])
                 with locked(folder) if rank == 0 else nullcontext():
                     try:
                         run(setting, seed, read, folder, device, rank, framework, later)
@@ -151,8 +152,9 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             if received:
                 raise Interrupted(received[0])
 
-        how = (device, precision, compiled, start, teacher, checkpoint, after_step, chosen.Learner)
-        for row, checkpoint in train(setting, seed, training, validation, *how):
+        learner = chosen.Learner(setting, seed, training, device, precision, compiled, start, teacher)
+        epochs = train(learner, setting, seed, training, validation, checkpoint, after_step)
+        for row, checkpoint in epochs:
             rows.append(row)
             if rank == 0:
                 save(folder, rows, checkpoint)
@@ -162,11 +164,11 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     if rank > 0:
         return {}
     save_best(folder, checkpoint)
-    architecture, (mean, std) = setting.architecture(len(training.classes)), mean_and_std(training.images)
-    network, best_epoch = ResNet(**architecture), checkpoint.state["best_epoch"]
+    architecture, best_epoch = setting.architecture(len(training.classes)), checkpoint.state["best_epoch"]
+    network = ResNet(**architecture)
     network.load_state_dict(checkpoint.part("best"))
     network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    config = {"architecture": architecture, "mean": mean, "std": std, "data": training.source, "seed": seed,
+    config = {"architecture": architecture, "mean": learner.mean, "std": learner.std, "data": training.source, "seed": seed,
               "setting": setting.model_dump(), "best_epoch": best_epoch}  # fmt: skip
     result = {
         "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,

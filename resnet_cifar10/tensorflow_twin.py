@@ -205,7 +205,7 @@ class Learner:
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
                  first_weights: Tensors | None, teacher: None) -> None:  # fmt: skip
         """Build network and optimizer; the device is the CPU, and there is no teacher."""
-        self.mean, self.std = mean_and_std(training.images)
+        self.device, (self.mean, self.std) = device, mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
         self.network = initial_network(setting, seed, len(training.classes), first_weights)
         self.network.to(getattr(torch, precision))

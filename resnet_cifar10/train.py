@@ -97,9 +97,22 @@ class Learner:
     """The network in training, in PyTorch: all that the training loop leaves to a framework."""
 
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 first_weights: Tensors | None, teacher: Trained | None) -> None:  # fmt: skip
-        """Build network and optimizer; the arguments are those of `train`."""
-        self.mean, self.std = mean_and_std(training.images)
+                 first_weights: Tensors | None = None, teacher: Trained | None = None) -> None:  # fmt: skip
+        """Build network and optimizer.
+
+        Args:
+            setting: The row of the table.
+            seed: Of the initial weights.
+            training: The images to learn from, of which normalisation takes mean and deviation.
+            device: "cpu" or "cuda".
+            precision: "bfloat16" computes in bfloat16 where that loses nothing (autocast), the weights stay float32;
+                "float32", or "float64".
+            compiled: Compile the training step with torch.compile.
+            first_weights: Replace the initial weights of the same names.
+            teacher: The network that setting.teacher names, and its config.json.
+
+        """
+        self.device, (self.mean, self.std) = device, mean_and_std(training.images)
         if device == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
@@ -189,29 +202,21 @@ class Learner:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def train(setting: Setting, seed: int, training: Split, validation: Split, device: str = "cpu", precision: str = "float32",
-          compiled: bool = False, first_weights: Tensors | None = None, teacher: Trained | None = None,
-          checkpoint: Checkpoint | None = None,
-          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None, framework: Any = Learner,
+def train(learner: Any, setting: Setting, seed: int, training: Split, validation: Split, checkpoint: Checkpoint | None = None,
+          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
           ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
 
     Where torch.distributed is initialised, every process does this with the same arguments and gets its part of each batch.
 
     Args:
+        learner: The network at its beginning, a Learner of this setting or what has the same methods.
         setting: The row of the table.
-        seed: Of the initial weights, the order of the images and their augmentation.
+        seed: Of the order of the images and their augmentation.
         training: The images to learn from.
         validation: The held-out images that choose the best epoch; may be empty, then the last epoch is the best.
-        device: "cpu" or "cuda".
-        precision: "bfloat16" computes in bfloat16 where that loses nothing (autocast), the weights stay float32;
-            "float32", or "float64".
-        compiled: Compile the training step with torch.compile.
-        first_weights: Replace the initial weights of the same names.
-        teacher: The network that setting.teacher names, and its config.json.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
-        framework: What computes: Learner, or a class with the same methods.
 
     Yields:
         The epoch's line of metrics (losses in nats an image, train_loss with a teacher's part; accuracies in percent; None
@@ -225,7 +230,6 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = math.ceil(len(training) / setting.batch_size)
     last_batch = len(training) - (steps - 1) * setting.batch_size
-    learner = framework(setting, seed, training, device, precision, compiled, first_weights, teacher)
     state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
     best: Tensors = {}
     if checkpoint:
@@ -236,6 +240,7 @@ def train(setting: Setting, seed: int, training: Split, validation: Split, devic
         check_tensors(checkpoint.where, shapes, checkpoint.tensors)
         state, best = checkpoint.state, checkpoint.part("best")
         learner.restore(checkpoint.part("model"), checkpoint.part("optimizer"))
+    device = learner.device
     training, validation_images = training.to(device), validation.images[rank::processes].to(device)
     fill = (torch.tensor(learner.mean, device=device) * 255).round().to(torch.uint8)
 

@@ -125,7 +125,7 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "unknown decay": ('lr_decay = "exponential"', ["'lr_decay'", "exponential", "cosine"]),
     "unknown augmentation": ('augmentation = "crop_flop"', ["'augmentation'", "crop_flop", "cutout"]),
     "augmentation twice": ('augmentation = "crop_crop"', ["'augmentation'", "crop_crop"]),
-    "two flips": ('augmentation = "flip_altflip"', ["'augmentation'", "flip_altflip", "one flip"]),
+    "two flips": ('augmentation = "crop_flip_altflip_photo"', ["crop_flip_altflip_photo", "one flip at most"]),
     "patience without validation": ("patience = 5\nvalidation_size = 0", ["'patience'", "validation_size"]),
     "patience that never ends": ('patience = 5\nlr_decay = "cosine"', ["'patience'", "'step'"]),
     "no patience": ("patience = 0", ["'patience'", "0"]),

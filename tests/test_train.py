@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from conftest import ROOT, run
 from resnet_cifar10 import run_folder, study
 from resnet_cifar10.data import Split, normalise
 from resnet_cifar10.errors import JobFailed
+from resnet_cifar10.files import write_json
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
@@ -322,6 +324,21 @@ def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
         study.study([setting(name="Wild", **wild), setting(name="Tame", epochs=1)], "images", tmp_path)
     assert "failed: Wild, seed 0" in capsys.readouterr().out
     assert (tmp_path / "tame/seed-0/result.json").exists() and not (tmp_path / "wild/seed-0/result.json").exists()
+
+
+def test_a_run_that_another_command_has_done_meanwhile_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(setting: Setting, *rest: Any) -> None:
+        ran.append(setting.name)
+        write_json(tmp_path / "second/seed-0/result.json", {})
+
+    monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
+    monkeypatch.setattr(study, "run", run)
+    study.study([setting(name="First"), setting(name="Second")], "images", tmp_path)
+    assert ran == ["First"] and "Second, seed 0: is done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("validation_size", [0, 20])
