@@ -47,7 +47,7 @@ STAMPS = {
     "airplane": ["vehicles/flight/planes/747", "military/vehicles/f22_raptor"], "ship": ["vehicles/ship/*"],
     "plants": ["food/fruit/*", "food/vegetables/*", "food/nuts/*", "plants/flowers/*", "plants/mushrooms/*"],
     "things": ["household/*", "household/tools/*", "household/dishes/*", "hobbies/music/string/*", "sports/*", "town/*"],
-    "beasts": ["animals/fish/*", "animals/insects/*", "animals/shellfish/*", "animals/mammals/*"] +
+    "animals": ["animals/fish/*", "animals/insects/*", "animals/shellfish/*", "animals/mammals/*"] +
               [f"animals/mammals/{kind}/*" for kind in ("rodents", "bovines", "apes", "aquatic")],
 }  # fmt: skip
 NO_STAMPS = {"hedgehog", "rubberduck", "rugby_goal_posts"}  # a drawing, nearly a bird, hardly anything
@@ -263,7 +263,7 @@ def main() -> None:
     precision = np.linalg.inv(np.cov((f - means[held.labels.numpy()]).T) + 1e-3 * np.eye(f.shape[1]))
     flat = {kind: [x[:, here].reshape(len(x), -1, x.shape[-1]) for x in each] for kind, each in looked.items()}
     found = {kind: scores(*each, temperature, means, precision, usual) for kind, each in flat.items()}
-    strange = {"members": ["photos", "textures", "synthetic"], "stamps": ["plants", "things", "beasts"]}
+    strange = {"members": ["photos", "textures", "synthetic"], "stamps": ["plants", "things", "animals"]}
     print(f"\nAUROC; pictures: {', '.join(f'{len(photos)} {kind}' for kind, photos in sets.items())}.\n")
     print(f"| score | {' | mean | '.join(' | '.join(others) for others in strange.values())} | mean |\n| --- |{' --- |' * 8}")
     for score in found["members"]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from datetime import date
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import torch
 from bench import synthetic
 from contenders import train
+from matplotlib.figure import Figure
 
 from resnet_cifar10 import files
 from resnet_cifar10.machine import computes_in_bfloat16, environment
+from resnet_cifar10.progress import progress
 from resnet_cifar10.settings import slug
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 TURNS = 3
 PANELS = {  # what grows: depth, batch size and images of each point
@@ -36,25 +32,18 @@ def main() -> None:
     out = parser.parse_args().out
     machine, precision = environment("cpu"), "bfloat16" if computes_in_bfloat16("cpu") else "float32"
     points = [(panel, *point) for panel, at in PANELS.items() for point in at]
-    work = [depth * images for _, depth, _, images in points]
     seconds: dict[tuple[str, int, int, int], list[float]] = {point: [] for point in points}
-    started, done = time.perf_counter(), 0
-    for turn in range(TURNS):
-        for point, share in zip(points, work, strict=True):
-            panel, depth, batch_size, images = point
-            left = (TURNS * sum(work) - done) * (time.perf_counter() - started) / done / 60 if done else float("nan")
-            print(f"turn {turn + 1} of {TURNS}: {panel}, ResNet-{depth}, batches of {batch_size}, {images:,} images"
-                  + (f"; about {left:.1f} min left" if done else ""), file=sys.stderr, flush=True)  # fmt: skip
-            epochs: list[float] = []
-            train(synthetic(images), depth, "cpu", precision, False, 2, epochs.append, batch_size)
-            seconds[point].append(epochs[-1])
-            done += share
+    for point in progress(points * TURNS, "points"):
+        _, depth, batch_size, images = point
+        epochs: list[float] = []
+        train(synthetic(images), depth, "cpu", precision, False, 2, epochs.append, batch_size)
+        seconds[point].append(epochs[-1])
 
     title = f"Seconds an epoch, {precision}, not compiled: {machine['processor']}, {machine['threads']} threads, {date.today()}"
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for axis, (panel, at) in zip(axes, PANELS.items(), strict=True):
+    figure = Figure((12, 4), layout="constrained")
+    for column, (axis, (panel, at)) in enumerate(zip(figure.subplots(1, 3), PANELS.items(), strict=True)):
         values = torch.tensor([sorted(seconds[panel, *point]) for point in at])
-        middle, column = values.median(1).values, ["depth", "batch size", "images"].index(panel)
+        middle = values.median(1).values
         axis.errorbar([p[column] for p in at], middle, [middle - values[:, 0], values[:, -1] - middle], marker="o", capsize=3)
         axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None), xticks=[p[column] for p in at])
         axis.grid(alpha=0.3)

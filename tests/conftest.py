@@ -20,10 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_cifar10 import export, files
-from resnet_cifar10.infer import read_config
-from torture.harness import Ended, call
-from torture.inputs import TEST, TRAIN, write_parquet
+from resnet_cifar10 import photo
+from torture.harness import Ended, call  # PyTorch is imported where it is needed: xdist's own process reads this file too
 
 ROOT = Path(__file__).parent.parent  # of the repository
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -52,6 +50,9 @@ def run(*arguments: str | Path, status: int = 0) -> Ended:
 @pytest.fixture(scope="module")
 def quick_export() -> Iterator[None]:
     """Export the first network of each shape and give its graph to the others: for where no test looks at a graph."""
+    from resnet_cifar10 import export, files
+    from resnet_cifar10.infer import read_config
+
     graphs: dict[str, bytes] = {}
     whole = export.export
 
@@ -65,6 +66,31 @@ def quick_export() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "export", quick)
         yield
+
+
+COLOURS = ["red", "green", "blue"]
+CONFIG = {
+    "architecture": {"depth": 8, "classes": 3}, "classes": COLOURS, "mean": [0.5] * 3, "std": [0.25] * 3,
+    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(),
+    "contrast_mean": [0.1] * 32, "contrast_std": [2.0] * 32, "data": "coloured noise",
+    "accuracy": {"validation": None, "test": {"accuracy": 81.25, "n": 1600, "interval_95": [79.2, 83.1]}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of an untrained network of three classes."""
+    import torch
+
+    from resnet_cifar10.export import export
+    from resnet_cifar10.model import ResNet
+    from resnet_cifar10.storage import save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_model(folder, ResNet(8, 3), CONFIG)
+    export(folder, folder / "model.onnx")
+    return folder
 
 
 def one_line(error: pytest.ExceptionInfo[ValueError]) -> str:
@@ -109,14 +135,14 @@ def write_archive(archive: Path, folder: Path) -> Path:
 
 def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
     """Encode one image as the bytes of a PNG, JPEG, ... file."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **options)
-    return file.getvalue()
+    return photo.encoded(Image.fromarray(image), kind, **options)
 
 
 @pytest.fixture
 def cifar_folder(tmp_path: Path) -> Path:
     """The extracted official folder with TRAIN in five batches, and TEST."""
+    from torture.inputs import TEST, TRAIN
+
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for i in range(5):
@@ -138,6 +164,8 @@ def cifar_archive(cifar_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def png_parquet(tmp_path: Path) -> Path:
     """The same as parquet files with PNG bytes, the training images in two files."""
+    from torture.inputs import TEST, TRAIN, write_parquet
+
     folder = tmp_path / "parquet" / "plain_text"
     for name, (images, labels), part in (
         ("train-00000-of-00002", TRAIN, slice(0, 30)),

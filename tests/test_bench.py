@@ -1,10 +1,12 @@
 """The benchmark in its smallest form: it runs, and its JSON holds what the table promises."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 BENCH = [sys.executable, str(ROOT / "benchmarks" / "bench.py")]
@@ -27,6 +29,10 @@ def test_smallest_form(tmp_path: Path) -> None:
     assert abs(rows["ours", "images/s"]["times_baseline"][0] / ratio - 1) < 1e-6
 
 
-def test_wrong_data_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([*BENCH, "--data", str(tmp_path / "nothing")], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_wrong_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--data", str(tmp_path / "nothing")])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(BENCH[1], run_name="__main__")
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1

@@ -22,7 +22,7 @@ needs_cifar10 = pytest.mark.skipif(not (SHARED / "data/cifar10").is_dir(), reaso
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     (folder / "table.toml").write_text(
-        '[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 1\nvalidation_size = 100\ncompile = false\n'
+        '[[setting]]\nname = "D"\nmodel = "resnet8"\nwidth = 8\nepochs = 1\nvalidation_size = 100\ncompile = false\n'
     )
     run("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs", "--seed", "3", "--seed", "4")
     return folder / "runs" / "d" / "seed-4"

@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, TEST, TRAIN, batch, encoded, one_line, python2_pickle, write_archive, write_parquet
+from conftest import CLASSES, ROOT, batch, encoded, one_line, python2_pickle, write_archive
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from resnet_cifar10 import photo
 from resnet_cifar10.data import CROP_PADDING, CUTOUT_SIZE, Split, batches, hold_out, mean_and_std, normalise
 from resnet_cifar10.decode import _quick, decode
-from resnet_cifar10.photo import square
 from resnet_cifar10.photo_like import photo_like
 from resnet_cifar10.sources import load
 from torture import inputs
+from torture.inputs import TEST, TRAIN, write_parquet
 
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
@@ -284,12 +285,11 @@ def test_an_image_of_a_parquet_file_that_does_not_decode_is_named(tmp_path):
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2, "quality": 75}, {"progressive": True}], ids=repr)
 def test_a_jpeg_gives_the_pixels_that_pillow_gives(mode, size, options):
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(file, "JPEG", **options)
-    expected = Image.open(file).convert("RGB")
-    expected = expected if size == 32 else square(expected)
-    assert (_quick(file.getvalue()) is not None) == (size == 32 and mode != "CMYK")
-    assert np.array_equal(decode([file.getvalue()], "jpeg")[0], np.asarray(expected))
+    content = photo.encoded(Image.fromarray(noise).convert(mode), "JPEG", **options)
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    expected = expected if size == 32 else photo.square(expected)
+    assert (_quick(content) is not None) == (size == 32 and mode != "CMYK")
+    assert np.array_equal(decode([content], "jpeg")[0], np.asarray(expected))
 
 
 def test_odd_jpegs_are_left_to_pillow_or_still_loaded(tmp_path):
@@ -357,11 +357,9 @@ def test_a_picture_in_a_parquet_file_is_read_as_one_in_a_folder(tmp_path):
     turned.getexif()[0x0112] = 6  # a quarter turn clockwise shows it upright
     blobs = []
     for number, image in enumerate([grey16, clear, turned]):
-        file = io.BytesIO()
-        image.save(file, "PNG", exif=image.getexif())
-        blobs.append(file.getvalue())
+        blobs.append(photo.encoded(image, "PNG", exif=image.getexif()))
         (tmp_path / "folders" / "train" / f"class {number}").mkdir(parents=True)
-        (tmp_path / "folders" / "train" / f"class {number}" / "a.png").write_bytes(file.getvalue())
+        (tmp_path / "folders" / "train" / f"class {number}" / "a.png").write_bytes(blobs[-1])
     write_parquet(tmp_path / "parquet" / "train.parquet", blobs, [0, 1, 2], ["class 0", "class 1", "class 2"])
     images = load(tmp_path / "folders", "train").images
     assert torch.equal(load(tmp_path / "parquet", "train").images, images)

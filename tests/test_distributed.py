@@ -1,6 +1,5 @@
 """One run on several processes under torchrun; LONG=1 adds four processes, nine kills and the death of a host."""
 
-import csv
 import os
 import random
 import signal
@@ -8,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,11 @@ import torch
 
 from resnet_cifar10.data import Split, batches
 from resnet_cifar10.run_folder import read_metrics
+from resnet_cifar10.settings import load_settings
+from resnet_cifar10.sources import load
+from resnet_cifar10.study import split_data
+from resnet_cifar10.train import Learner, train
+from torture.training import contents
 
 LONG = "LONG" in os.environ
 ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
@@ -38,11 +43,10 @@ compile = false
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
 
 
-def start(out: Path, *launcher: str, epochs: int = EPOCHS, **environment: str) -> subprocess.Popen[str]:
+def start(out: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
     (out.parent / "table.toml").write_text(TABLE)
     return subprocess.Popen(
-        [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out),
-         "--epochs", str(epochs)],
+        [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out)],
         env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -56,10 +60,8 @@ def end(process: subprocess.Popen[str], out: Path) -> Path:
     return out / "shared" / "seed-0"
 
 
-def launch(out: Path, n: int, epochs: int = EPOCHS) -> subprocess.Popen[str]:
-    if n == 1:
-        return start(out, sys.executable, epochs=epochs)
-    return start(out, *TORCHRUN, "--standalone", "--nproc-per-node", str(n), epochs=epochs)
+def launch(out: Path, n: int) -> subprocess.Popen[str]:
+    return start(out, *TORCHRUN, "--standalone", "--nproc-per-node", str(n))
 
 
 def processes_of(out: Path, rank: int | None = None) -> list[int]:
@@ -73,16 +75,6 @@ def processes_of(out: Path, rank: int | None = None) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if "seconds" not in key} for row in csv.DictReader(file)]
-
-
-def outcome(folder: Path) -> object:
-    files = ("last.safetensors", "best.safetensors", "model/model.safetensors")
-    return rows(folder), [(folder / name).read_bytes() for name in files]
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +101,16 @@ def test_each_image_is_seen_once_an_epoch_in_the_batch_of_a_single_process(n: in
 
 
 def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(tmp_path: Path, undisturbed: Path) -> None:
-    two = rows(undisturbed)[0]
-    for n in (1, 4) if LONG else (1,):
-        out = tmp_path / str(n)
-        (other,) = rows(end(launch(out, n, epochs=1), out))
+    two = read_metrics(undisturbed)[0]
+    (setting,) = load_settings(undisturbed.parents[2] / "table.toml")
+    images = split_data(setting, 0, partial(load, "digits"))
+    alone = Learner(setting, 0, images[0], "cpu", "float64", compiled=False)
+    others = {1: next(train(alone, setting, 0, *images))[0]}  # in this process
+    if LONG:
+        others[4] = read_metrics(end(launch(tmp_path / "4", 4), tmp_path / "4"))[0]
+    for n, other in others.items():
         for key in ("train_loss", "validation_loss"):
-            difference = abs(float(other[key]) / float(two[key]) - 1)
+            difference = abs(other[key] / two[key] - 1)
             print(f"{n} and 2 processes: {key} {other[key]} differs by {difference:.1e}")
             assert difference < 1e-6
         assert other["train_accuracy"] == two["train_accuracy"]
@@ -141,7 +137,7 @@ def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(tmp_path: Pa
         assert time.monotonic() - killed < 60, "it hangs"
         time.sleep(0.1)
     print(f"killed after {epochs} epochs, restarted after {time.monotonic() - killed:.1f} s")
-    assert outcome(end(process, out)) == outcome(undisturbed)
+    assert contents(end(process, out)) == contents(undisturbed)
 
 
 @pytest.mark.skipif(not LONG, reason="takes a minute; LONG=1 runs it")
@@ -162,4 +158,4 @@ def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, 
     second.communicate()
     second = start(out, *host, **SEVERAL_HOSTS)
     second.communicate(timeout=600)
-    assert outcome(end(first, out)) == outcome(undisturbed)
+    assert contents(end(first, out)) == contents(undisturbed)

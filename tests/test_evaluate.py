@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from conftest import TRAIN
 from sklearn import metrics as sk
 
 from resnet_cifar10 import evaluate as ev
 from resnet_cifar10 import progress as progress_module
 from resnet_cifar10.model import ResNet
+from torture.inputs import TRAIN
 
 CLASSES = tuple("abcdefg")
 

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import run
 
 from resnet_cifar10.run_folder import read_metrics
+from torture.training import contents
 
 LONG = "LONG" in os.environ
 SEEDS = 6 if LONG else 1
@@ -39,27 +41,9 @@ augmentation = "photo_flip"
 """
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "resnet_cifar10", "train", *map(str, arguments)]
-
-
-def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def outcome(out: Path) -> dict[str, object]:
-    """Everything of a study that must not depend on where it ran: weights, metrics and results without times."""
-    found: dict[str, object] = {}
-    for result in sorted(out.glob("*/seed-*/result.json")):
-        folder, content = result.parent, json.loads(result.read_text())
-        del content["train_minutes"]
-        rows = [[value for key, value in row.items() if "seconds" not in key] for row in read_metrics(folder)]
-        files = ("last.safetensors", "best.safetensors", "model/model.safetensors", "model/model.onnx")
-        found[str(folder.relative_to(out))] = content, rows, *((folder / name).read_bytes() for name in files)
-    return found
+    """Everything of a study that must not depend on where it ran."""
+    return {str(done.parent.relative_to(out)): contents(done.parent) for done in out.glob("*/seed-*/result.json")}
 
 
 def kill_group(node: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
@@ -97,7 +81,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[
 
 
 def start(settings: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(settings, "--data", "digits", "--out", out, "--seeds", str(SEEDS), *arguments),
+    command = ["train", settings, "--data", "digits", "--out", out, "--seeds", str(SEEDS), *arguments]
+    return subprocess.Popen([sys.executable, "-m", "resnet_cifar10", *command],
                             env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
@@ -121,7 +106,12 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
 ) -> None:
     (address, started), settings = nodes, tmp_path / "table.toml"
     settings.write_text(TABLE)
-    run(settings, "--data", "digits", "--out", tmp_path / "here", "--seeds", str(SEEDS))
+    run("train", settings, "--data", "digits", "--out", tmp_path / "here", "--seeds", str(SEEDS))
+
+    process = start(settings, tmp_path / "ray", "--ray", address, "--cpus", "1000")
+    _, errors = process.communicate()
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    assert "--cpus, --gpus: found 1000, " in errors and not (tmp_path / "ray").exists()
 
     process = start(settings, tmp_path / "ray", "--ray", address)
     working(tmp_path / "ray", process)
@@ -146,18 +136,18 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
         assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == ""
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "ray").glob("*/*/*.safetensors")}
-    again = run(settings, "--data", "digits", "--out", tmp_path / "ray", "--seeds", str(SEEDS), "--ray")
-    assert f"{2 * SEEDS} are done" in again.stdout
+    process = start(settings, tmp_path / "ray", "--ray")  # on a cluster of its own
+    output, errors = process.communicate()
+    assert process.returncode == 0 and f"{2 * SEEDS} are done" in output, errors
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
 @pytest.mark.parametrize(("arguments", "problem"), [
     (("--ray", "127.0.0.1:1"), "'127.0.0.1:1', where no cluster answers"), (("--ray", "nonsense"), "HOST:PORT"),
-    (("--ray", "--cpus", "1000"), "--cpus"), (("--seed", "1", "--seeds", "2"), "--seeds"),
+    (("--seed", "1", "--seeds", "2"), "--seeds"),
 ])  # fmt: skip
 def test_wrong_options_write_nothing(tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
     (tmp_path / "table.toml").write_text(TABLE)
-    refused = run(tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", *arguments, status=2)
-    assert problem in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    refused = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", *arguments, status=2)
+    assert problem in refused.err
     assert not (tmp_path / "runs").exists()

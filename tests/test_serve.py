@@ -8,11 +8,7 @@ import re
 import shutil
 import signal
 import socket
-import struct
-import subprocess
-import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,57 +18,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import encoded
+from conftest import COLOURS, CONFIG, encoded
 from PIL import Image
 
-from resnet_cifar10.export import export
 from resnet_cifar10.infer import Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import read_photo, views
 from resnet_cifar10.serve import serve
 from resnet_cifar10.storage import save_model
+from torture.inputs import png
+from torture.web import form, running
 
-CLASSES = ["red", "green", "blue"]
-CONFIG = {
-    "architecture": {"depth": 8, "classes": 3}, "classes": CLASSES, "mean": [0.5] * 3, "std": [0.25] * 3,
-    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(),
-    "contrast_mean": [0.0] * 32, "contrast_std": [1.0] * 32, "data": "coloured noise",
-    "accuracy": {"validation": None, "test": {"accuracy": 81.25, "n": 1600, "interval_95": [79.2, 83.1]}},
-}  # fmt: skip
 STRICT = {"SECONDS": 3, "UPLOAD_BYTES": 1_000_000, "IN_FLIGHT": 4, "FILES": 3}
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 PHOTO = encoded(PIXELS, "PNG")
 RAW = "application/octet-stream"
 Answer = tuple[int, dict[str, str], Any]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    save_model(folder, ResNet(8, 3), CONFIG)
-    export(folder, folder / "model.onnx")
-    return folder
-
-
-@contextmanager
-def running(model: Path, **limits: float) -> Iterator[tuple[int, int]]:
-    """Start a server with other limits on a free port: its port and its process id. It must not end with a traceback."""
-    code = ("import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); "
-            "serve.serve(sys.argv[1], '127.0.0.1', 0)")  # fmt: skip
-    command = [sys.executable, "-c", code, str(model), json.dumps(limits)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            port = re.search(r"http://127\.0\.0\.1:(\d+) ", process.stdout.readline())
-            assert port
-            yield int(port[1]), process.pid
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate()
-    assert "Traceback" not in errors, errors
-    assert process.returncode == -signal.SIGTERM
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +74,8 @@ def good(port: int) -> dict[str, Any]:
             break
         time.sleep(int(headers["retry-after"]))
     assert status == 200, answer
-    assert set(answer["probabilities"]) == set(CLASSES)
+    assert set(answer["probabilities"]) == set(COLOURS)
     return answer  # type: ignore[no-any-return]
-
-
-def form(*files: tuple[str, bytes], boundary: str = "limit") -> tuple[bytes, str]:
-    parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
-             for name, content in files]  # fmt: skip
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
-
-
-def huge_png() -> bytes:
-    """Make a PNG of 60,000 x 60,000 pixels in 50 bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(50_000))) + chunk(b"IEND", b"")
 
 
 def slow_jpeg() -> bytes:
@@ -188,7 +133,7 @@ def test_which_model_and_how_good(port: int) -> None:
     (b"dear diary", "image/jpeg", 422, "not an image; allowed: JPEG"),
     (encoded(PIXELS, "JPEG")[:1500], "image/jpeg", 422, "truncated"),
     (b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", "image/gif", 422, ""),
-    (huge_png(), "image/png", 422, "pixels"),
+    (png(60_000, 60_000), "image/png", 422, "pixels"),
     (PHOTO, "application/json", 415, "application/octet-stream"),
     (PHOTO, "application/x-www-form-urlencoded", 415, "multipart/form-data"),
     (*form(("", b"")), 422, "empty"),
@@ -447,7 +392,7 @@ def test_a_chosen_photo_is_answered_and_explained(browser: Any, port: int) -> No
         assert page.get_by_role("heading", level=3).inner_text().lower() == verdict
         assert "me.png" in card
         rows = page.get_by_role("list", name="Probability of every class").get_by_role("listitem").all_inner_texts()
-        assert [row.split()[0] for row in rows] == sorted(CLASSES, key=lambda name: -expected["probabilities"][name])
+        assert [row.split()[0] for row in rows] == sorted(COLOURS, key=lambda name: -expected["probabilities"][name])
         heat = page.get_by_alt_text("bright where it spoke most")
         assert not heat.is_visible()
         page.get_by_role("button", name="Where it looked", pressed=False).click()

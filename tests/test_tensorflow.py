@@ -1,8 +1,8 @@
 """Two independent implementations of the same network agree: logits, one step of training, whole runs."""
 
 import csv
-import importlib.util
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,20 @@ from resnet_cifar10.storage import load_model, read_tensors
 from resnet_cifar10.train import Checkpoint, make_optimizer
 from torture.harness import Ended
 
-if not importlib.util.find_spec("tensorflow"):
-    pytest.skip("needs the extra 'tensorflow'", allow_module_level=True)
+pytestmark = [
+    pytest.mark.skipif(not find_spec("tensorflow"), reason="needs the extra 'tensorflow'"),
+    pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+    ),
+]
 
-from resnet_cifar10 import tensorflow_twin as twin
 
-pytestmark = pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    """Import it here: TensorFlow takes many seconds, and each process of the tests reads this file."""
+    from resnet_cifar10 import tensorflow_twin
+
+    return tensorflow_twin
 
 
 def network(setting: Setting, dtype: torch.dtype) -> tuple[ResNet, dict[str, Any]]:
@@ -52,7 +58,7 @@ def channels_last(images: torch.Tensor) -> Any:
 @pytest.mark.parametrize(("depth", "block", "activation"), [
     (20, "post", "relu"), (32, "pre", "leaky_relu"),
 ])  # fmt: skip
-def test_the_same_weights_give_the_same_logits(depth: int, block: str, activation: str) -> None:
+def test_the_same_weights_give_the_same_logits(twin: Any, depth: int, block: str, activation: str) -> None:
     model, architecture = network(row(model=f"resnet{depth}", block=block, activation=activation), torch.float32)
     theirs = twin.from_pytorch(model, architecture)
     images = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -68,7 +74,7 @@ def test_the_same_weights_give_the_same_logits(depth: int, block: str, activatio
     {"normalization": "none", "shortcut": "none"}, {"normalization": "none", "block": "pre"},
     {"normalization": "layer", "width": 24},
 ])  # fmt: skip
-def test_every_other_option_gives_the_same_logits(changes: dict[str, Any]) -> None:
+def test_every_other_option_gives_the_same_logits(twin: Any, changes: dict[str, Any]) -> None:
     model, architecture = network(row(model="resnet8", **changes), torch.float64)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     answer = twin.from_pytorch(model, architecture, dtype="float64")(channels_last(images), training=False).numpy()
@@ -76,7 +82,7 @@ def test_every_other_option_gives_the_same_logits(changes: dict[str, Any]) -> No
         torch.testing.assert_close(torch.from_numpy(answer), model(images), rtol=1e-6, atol=1e-6)
 
 
-def test_units_have_the_names_of_the_assignment() -> None:
+def test_units_have_the_names_of_the_assignment(twin: Any) -> None:
     names = [layer.name for layer in twin.resnet(num_residual_units=5).layers if layer.name.startswith("unit")]
     assert names == [f"unit_{stage}_{unit}" for stage in (1, 2, 3) for unit in range(5)]
 
@@ -85,7 +91,7 @@ def test_units_have_the_names_of_the_assignment() -> None:
     {}, {"block": "pre", "nesterov": True}, {"momentum": 0.0, "label_smoothing": 0.1}, {"optimizer": "adam", "lr": 1e-3},
     {"optimizer": "adamw", "lr": 1e-3},
 ])  # fmt: skip
-def test_steps_of_training_give_the_same_weights_and_running_statistics(changes: dict[str, Any]) -> None:
+def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: Any, changes: dict[str, Any]) -> None:
     setting = row(**{"model": "resnet8", "lr_decay": "linear"} | changes)
     model, architecture = network(setting, torch.float64)
     optimizer = make_optimizer(setting, model)
@@ -127,7 +133,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "d" / "seed-0"
 
 
-def test_a_run_has_the_folder_of_every_run_and_learns(trained: Path) -> None:
+def test_a_run_has_the_folder_of_every_run_and_learns(twin: Any, trained: Path) -> None:
     result = json.loads((trained / "result.json").read_text())
     assert result["test"]["accuracy"] > 50  # chance: 10 %
     with open(trained / "metrics.csv", newline="") as file:

@@ -11,7 +11,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is there: a process with t
 
 import argparse
 import datetime
-import itertools
 import platform
 import shutil
 import sys
@@ -20,7 +19,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import onnxscript  # noqa: F401  (the slow imports, once for all the children)
 import torch
+import torch._dynamo
+import torch.onnx._internal.exporter._compat
 
 from resnet_cifar10.machine import environment
 
@@ -72,15 +74,13 @@ def main() -> int:
     parser.add_argument("--only", choices=[row.key for row in ROWS], action="append", help="only this row; can be repeated")
     parser.add_argument("--batch", type=int, help="only this batch of the row, as printed with a failure")
     parser.add_argument("--report", type=Path, help="write the table to this file too")
-    parser.add_argument("--broken", action="store_true", help="break the product on purpose: each row must notice")
+    parser.add_argument("--broken", action="store_true", help="then break the product on purpose: each row must notice")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="torture-"))
     try:
         training.GROUND = training.Ground(work / "ground")
         training.GROUND.build()
-        if options.broken:
-            return _broken(work, options.seed)
-        return _torture(work, options)
+        return _torture(work, options) or (_broken(work, options.seed) if options.broken else 0)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -169,8 +169,8 @@ Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: sca
 def _broken(work: Path, seed: int) -> int:
     """Break one thing after the other in this process, which the trials inherit; its row must fail within some trials."""
     missed = 0
-    for number, (row, (what, put_in)) in enumerate(itertools.chain.from_iterable(
-            ((row, variant) for variant in BROKEN[row.key]) for row in ROWS)):  # fmt: skip
+    cases = [(row, *variant) for row in ROWS for variant in BROKEN[row.key]]
+    for number, (row, what, put_in) in enumerate(cases):
         (folder := work / f"broken-{number}").mkdir()
         with put_in:
             outcome = run(row, seed, min(row.full, 2 * row.batch if row.batch > 1 else 30), folder, stop_at_failure=True)

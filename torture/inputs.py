@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -369,18 +368,12 @@ def class_folders(rng: random.Random, folder: Path) -> tuple[Path, bool]:
 MAKERS = (archive, archive, batch_folder, parquet, class_folders)
 
 
-@functools.cache
-def _right() -> dict[str, str]:
-    """The checksums of the undamaged archive."""
-    file = training.GROUND.folder / f"right-{os.getpid()}" / "cifar-10-python.tar.gz"
-    file.parent.mkdir()
-    file.write_bytes(gzip.compress(tar_of(good_batches())))
-    return {part: split.sha256 for part in ("train", "test") if (split := sources.load(file, part))}
+RIGHT = {part: Split(torch.from_numpy(images), torch.tensor(labels), tuple("0123456789"), "").sha256
+         for part, (images, labels) in (("train", TRAIN), ("test", TEST))}  # fmt: skip
 
 
 def data(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     """Read bad data sets; nothing may be written, and what is accepted must be images with labels of its classes."""
-    _right()
     for trial in range(count):
         where = folder / f"{trial}"
         where.mkdir()
@@ -394,7 +387,7 @@ def data(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
                 expect(str(folder) in str(error) or str(error).startswith("key"), f"{make.__name__}: no file is named: {error}")
                 expect(" ".join(str(error).split()).isprintable(), f"{make.__name__}: a terminal would obey {error!r}")
             else:
-                _expect_split(split, _right()[part] if exact else None, make.__name__)
+                _expect_split(split, RIGHT[part] if exact else None, make.__name__)
         ended = call("evaluate", training.GROUND.model, "--data", path, "--json")
         if ended.status:
             ended.refused(2)
@@ -548,9 +541,6 @@ def models(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
         content = damage(rng, file.read_bytes())
         if hostile and rng.random() < 0.4:
             content = hostile(rng)
-        elif rng.random() < 0.1:  # the file of another model
-            other = training.GROUND.folder / "other" / file.name
-            content = other.read_bytes() if other.exists() else rng.randbytes(1000)
         file.write_bytes(content)
         for (status, answer), (_, wanted) in zip(answers(model), right, strict=True):
             expect(status == 2 or answer == wanted or file.name == "config.json", f"{file.name}: another answer: {answer}")
@@ -565,10 +555,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width: int, height: int, extra: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    """Write a PNG that claims a size, with hardly a pixel in it."""
-    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width & 0xFFFFFFFF, height & 0xFFFFFFFF, depth, colour, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + extra + _chunk(b"IDAT", zlib.compress(bytes(50_000))) + _chunk(b"IEND", b"")
+def png(width: int, height: int, extra: bytes = b"", pixels: bytes = bytes(50_000), depth: int = 8, colour: int = 2) -> bytes:
+    """Write a PNG of any bytes; by itself it claims a size, with hardly a pixel in it."""
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + _chunk(b"IDAT", zlib.compress(pixels)) + _chunk(b"IEND", b"")
 
 
 @functools.cache
@@ -648,7 +638,6 @@ def photos(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     files = [folder / f"{number}.jpg" for number in range(count)]
     for file in files:
         file.write_bytes(rng.choice(_bombs()) if rng.random() < 0.01 else photo(rng))
-    started = time.monotonic()
     ended = call("infer", *files, good, "--model", training.GROUND.model, "--json")
     expect(ended.status in (0, 2), f"exit status {ended.status}: {ended.err[-2000:]}")
     answers = {answer["file"]: answer for answer in json.loads(ended.out)}
@@ -663,5 +652,4 @@ def photos(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
         expect(str(file) in answers or len(named) == 1, f"{file.name}: neither an answer nor one clear line: {named}")
         answer = answers.get(str(file), {"probabilities": {"": 1.0}})
         expect(abs(sum(answer["probabilities"].values()) - 1) < 1e-4, f"{file.name}: probabilities {answer}")
-    expect(time.monotonic() - started < 60, "it took over a minute")
     yield from itertools.repeat(None, count)

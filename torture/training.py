@@ -19,10 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnxscript  # noqa: F401  (the slow imports, once for all the children)
 import torch
-import torch._dynamo
-import torch.onnx._internal.exporter._compat
 
 from resnet_cifar10 import files, run_folder, storage
 from resnet_cifar10.export import export

@@ -33,21 +33,23 @@ SLOW = 0.01  # the share of requests that are never finished: each takes SECONDS
 
 
 @contextmanager
-def _server() -> Iterator[int]:
+def running(model: Path, **limits: float) -> Iterator[tuple[int, int]]:
+    """Start a server with other limits on a free port: its port and its process id. It must not end with a traceback."""
     code = (f"import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); {SABOTAGE}"
             "serve.serve(sys.argv[1], '127.0.0.1', 0)")  # fmt: skip
-    command = [sys.executable, "-c", code, str(training.GROUND.model), json.dumps(LIMITS)]
+    command = [sys.executable, "-c", code, str(model), json.dumps(limits)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout
             port = re.search(r":(\d+) ", process.stdout.readline())
             expect(port, "the server does not start")
             assert port
-            yield int(port[1])
+            yield int(port[1]), process.pid
         finally:
             process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=60)
         expect("Traceback" not in errors, f"the server printed {errors[-3000:]}")
+        expect(process.returncode == -signal.SIGTERM, f"the server ended with {process.returncode}")
 
 
 def _send(port: int, request: bytes, patience: float = ANSWER_SECONDS) -> bytes:
@@ -82,6 +84,13 @@ def _chunked(rng: random.Random, port: int, body: bytes) -> bytes:
     return head.encode() + b"".join(pieces) + rng.choice((b"0\r\n\r\n", b"0\r\n\r\n", b"zz\r\n", b"ffffffffffffffffff\r\n"))
 
 
+def form(*files: tuple[str, bytes]) -> tuple[bytes, str]:
+    """Write names and contents of files as a form, and its Content-Type."""
+    parts = [f'--limit\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
+             for name, content in files]  # fmt: skip
+    return b"".join(parts) + b"--limit--\r\n", "multipart/form-data; boundary=limit"
+
+
 def _form(rng: random.Random, files: int) -> tuple[bytes, str]:
     names = (
         "a.jpg",
@@ -95,12 +104,8 @@ def _form(rng: random.Random, files: int) -> tuple[bytes, str]:
         "a\0b",
         "%2e%2e%2f",
     )
-    parts = [f'--limit\r\nContent-Disposition: form-data; name="f"; filename="{rng.choice(names)}"\r\n\r\n'.encode()
-             + rng.choice((GOOD, photo(rng), b"")) + b"\r\n" for _ in range(files)]  # fmt: skip
-    body = b"".join(parts) + b"--limit--\r\n"
-    return body, rng.choice(
-        ("multipart/form-data; boundary=limit",) * 4 + ("multipart/form-data", "multipart/form-data; boundary=")
-    )
+    body, kind = form(*((rng.choice(names), rng.choice((GOOD, photo(rng), b""))) for _ in range(files)))
+    return body, rng.choice((kind,) * 4 + ("multipart/form-data", "multipart/form-data; boundary="))
 
 
 def _bad(rng: random.Random, port: int) -> bytes:
@@ -166,7 +171,7 @@ def _status(answer: bytes) -> int | None:
 
 def requests(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     """Send bad requests, every tenth time eight at once; after each the next good one must be answered."""
-    with _server() as port, ThreadPoolExecutor(8) as pool:
+    with running(training.GROUND.model, **LIMITS) as (port, _), ThreadPoolExecutor(8) as pool:
         done = 0
         while done < count:
             batch = [_bad(rng, port) for _ in range(1 if rng.random() < 0.9 else min(8, count - done))]
