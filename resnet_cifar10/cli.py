@@ -262,6 +262,9 @@ def main() -> None:
 
     def interrupt(number: int, frame: object) -> NoReturn:
         interrupted.append(number)
+        if len(interrupted) > 1:  # the first one is still ending things, or a library swallowed it
+            os.write(2, b"error: stopped\n")
+            os._exit(130)
         raise SystemExit(130)  # of a KeyboardInterrupt typer would make a result
 
     signal.signal(signal.SIGINT, interrupt)
@@ -275,6 +278,7 @@ def main() -> None:
         status: Any = app(standalone_mode=False)
     except BaseException as error:
         if interrupted:  # libraries that Ctrl-C meets as they are imported raise all sorts of things
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             _fail("stopped", 130)
         if isinstance(error, Interrupted):
             _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
