@@ -355,6 +355,34 @@ def test_an_early_ctrl_c_ends_without_a_traceback(model: Path, photo: Image.Imag
     assert stopped or (errors and str(ROOT / "resnet_cifar10") not in errors)
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_a_second_ctrl_c_ends_with_the_same_line(late: bool) -> None:
+    """The second one comes as the first one's line is written, or while a library has swallowed the first one."""
+    code = """
+import os, signal, sys, time
+from resnet_cifar10 import cli
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+def line(text, known=cli.printable):
+    ctrl_c()
+    return known(text)
+def swallow(**options):
+    try:
+        ctrl_c()
+    except SystemExit:
+        ctrl_c()
+    finally:
+        return 0
+if sys.argv.pop() == "True":
+    cli.printable, cli.app = line, lambda **options: ctrl_c()
+else:
+    cli.app = swallow
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "infer", str(late)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: stopped\n")
+
+
 def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "a.png")
     photo.save(tmp_path / "b.jpg")

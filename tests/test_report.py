@@ -206,9 +206,9 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
     assert "none: each run equals an uninterrupted one" in (out / "report.md").read_text()
     folder = write_run(tmp_path / "study", ONE, 0, None)
     facts = json.loads((folder / "environment.json").read_text())
-    write_json(folder / "environment.json", facts | {"not_bit_exact": "resumed after epoch 3 with another threads"})
+    write_json(folder / "environment.json", facts | {"not_bit_exact": "resumed after epoch 3 with a change of threads"})
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "seed 0, resumed after epoch 3 with another threads" in text
+    assert "seed 0, resumed after epoch 3 with a change of threads" in text
 
 
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:

@@ -125,8 +125,8 @@ def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_m
     facts = json.loads((folder / "environment.json").read_text())
     (folder / "environment.json").write_text(json.dumps(facts | {key: "before"}))
     resumed = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
-    assert f"not bit-exact: resumed after epoch 2 with another {key}\n" in resumed.out
-    assert json.loads((folder / "environment.json").read_text())["not_bit_exact"].endswith(f"with another {key}")
+    assert f"not bit-exact: resumed after epoch 2 with a change of {key}\n" in resumed.out
+    assert json.loads((folder / "environment.json").read_text())["not_bit_exact"].endswith(f"with a change of {key}")
 
 
 def test_what_is_done_is_skipped_and_another_study_is_refused(tmp_path: Path, undisturbed: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_run_that_goes_on_with_another_teacher_is_not_bit_exact(tmp_path: Path
     train_run(setting(lr=0.01), 0, data, tmp_path / "teacher")
     train_run(row, 0, data, tmp_path / "student")
     reason = json.loads((tmp_path / "student/environment.json").read_text())["not_bit_exact"]
-    assert reason == "resumed after epoch 1 with another teacher_sha256"
+    assert reason == "resumed after epoch 1 with a change of teacher_sha256"
 
 
 def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
