@@ -50,7 +50,9 @@ def train(
     seed: Annotated[list[int] | None, typer.Option(help="This seed instead of the file's; repeatable.", metavar="N")] = None,
     epochs: Annotated[int | None, typer.Option(help="Instead of the file's; schedules scale with them.", metavar="N")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0 to N-1 instead of the file's.", metavar="N")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Seeds 0 to N-1 instead of the file's.", metavar="N")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.", metavar="N")] = 1,
     gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each.", metavar="SHARE")] = None,
@@ -122,6 +124,12 @@ def infer(
         if file:
             check_writable(file.parent)
     names = _photos(photo)
+    if same := {name for name in names for file in (figure, explain) if file and file.resolve() == Path(name).resolve()}:
+        raise ValueError(
+            f"--figure, --explain: found the photo {printable(min(same))}; allowed: a file that is none of the photos"
+        )
+    if figure and explain and figure.resolve() == explain.resolve():
+        raise ValueError(f"--figure, --explain: found {printable(str(figure))} twice; allowed: two files")
     if explain and len(names) > 1:
         raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")
     classifier = Classifier(model)
@@ -268,6 +276,8 @@ def main() -> None:
         raise SystemExit(130)  # of a KeyboardInterrupt typer would make a result
 
     signal.signal(signal.SIGINT, interrupt)
+    if sys.stderr is None:  # closed by the shell, as in "2>&-": print() would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if any(not argument or re.fullmatch("--[a-z-]+=", argument) for argument in sys.argv):

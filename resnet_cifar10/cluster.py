@@ -10,7 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -106,7 +106,9 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     paces, epochs_left = [], []
     for setting, seed, folder in runs:
         lock, metrics = folder / ".lock", folder / "metrics.csv"
-        where, rows = lock.read_text() if lock.exists() else "", read_metrics(folder) if metrics.exists() else []
+        where, rows = lock.read_text() if lock.exists() else "", []
+        with suppress(ValueError):  # a damaged file ends that run, not the others
+            rows = read_metrics(folder) if metrics.exists() else []
         epochs_left.append(setting.epochs - len(rows))
         paces.append(pace(rows) if rows else None)
         if where:

@@ -6,6 +6,7 @@ import io
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from .errors import JobFailed
 from .infer import SIZE
 from .photo import read_photo, square, upright_rgb
 
@@ -30,6 +32,7 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
 
     Raises:
         ValueError: Naming the image that does not decode, by its file or its number in `name`.
+        JobFailed: If a process was ended, as for want of memory.
 
     """
     if not items:
@@ -40,7 +43,10 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
         return np.concatenate([_decode(*chunk) for chunk in chunks])
     quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a traceback of its own
     with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn"), signal.signal, quiet) as pool:
-        return np.concatenate(list(pool.map(_decode, *zip(*chunks, strict=True))))
+        try:
+            return np.concatenate(list(pool.map(_decode, *zip(*chunks, strict=True))))
+        except BrokenProcessPool:
+            raise JobFailed(f"{name}: a process that decoded its images was ended; is there enough memory?") from None
 
 
 def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:

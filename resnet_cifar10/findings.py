@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from .results import ALIKE, FEW, Comparison, Row, differing, join, signed, spread, welch
+from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, signed, spread, welch
 
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
@@ -111,20 +111,24 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     validated = [row for row in rows if row.accuracies("validation")]
     rivals, sizes = len(validated), sorted({measured["n"] for row in validated for measured in row.measured("validation")})
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
+    subject = "It"
     if rivals > 1:
         settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
         rough = f"; a rough choice, for they hold out {join([f'{size:,}' for size in sizes], 'or')} images"
-        text = (f"{best.name} is the best of {settings} by validation accuracy ({spread(validation)} %"
-                f"{rough if len(sizes) > 1 else ''}).")  # fmt: skip
+        reached = f"({spread(validation)} %{rough if len(sizes) > 1 else ''})"
+        text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
+        if equals := equal_to(best, rows):
+            subject, names = best.name, join([row.name for row in (best, *equals)])
+            text = f"{names} have the same validation accuracy, the highest of {settings} {reached}."
     if tests:
         test = best.measured("test")[0]
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
         trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
-        text += f" It classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
+        text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
         tested = [row for row in rows if row.accuracies("test")]
         if goal:
-            reached = join([row.name for row in tested if np.mean(row.accuracies("test")) >= goal]) or "no setting"
-            text += f" At least {goal:g} % were asked for: reached by {reached}."
+            there = join([row.name for row in tested if np.mean(row.accuracies("test")) >= goal]) or "no setting"
+            text += f" At least {goal:g} % were asked for: reached by {there}."
         others = [row for row in tested if row is not best]
         if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
             text += f" Each tested by itself, the seeds cannot tell it from {join(alike, 'or')}."
@@ -189,15 +193,17 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
              "highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
     alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
              f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
+    unfinished = "; of an unfinished setting it is the last of the curve" * any(not row.done for row in rows)
+    enlarged = " Enlarged, thick lines are means over a twentieth of the run." * any(row.done for row in rows)
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
         "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
-                    "can differ from the curve by some tenths of a point. Enlarged, thick lines are means over a twentieth of "
-                    "the run.",
+                    f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
         "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its precision.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
-                  "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept weights.",
+                  "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
+                  f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
         "differences": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
                        "Welch's t test, and the last column says whether the seeds tell the two apart: yes, also when all "

@@ -23,7 +23,7 @@ from .infer import Classifier
 from .names import printable
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
-from .results import FEW, Row, Run, baseline_of, best_of, comparisons, join, networks, read_rows
+from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
 
 SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
            "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
@@ -156,7 +156,8 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
-    best_row = best if sum(bool(row.accuracies("validation")) for row in rows) > 1 else None  # alone it is no best one
+    rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
+    best_row = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
     changes = [each for each in compared if each.other is baseline and each.p is not None]
     section = best_section(best, rows) if best else None

@@ -112,6 +112,8 @@ def read_run(folder: Path) -> Run:
 
     """
     claim = read_json(folder / "setting.json", ("setting", "seed", "framework"))
+    if type(claim["seed"]) is not int:
+        raise ValueError(f"{folder / 'setting.json'}: damaged: key 'seed'")
     setting = validated(Setting, claim["setting"], f"{folder / 'setting.json'}: damaged")
     result: dict[str, Any] = {}
     if (folder / "result.json").exists():
@@ -158,7 +160,7 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
     _check_same_data([run for runs in rows for run in runs])
     names = [runs[0].setting.name for runs in rows]
-    return [Row(number, name if names.count(name) == 1 else f"{name} ({_place(runs[0], rows)})", runs[0].setting, runs)
+    return [Row(number, name if names.count(name) == 1 else f"{name} ({_place(runs, rows)})", runs[0].setting, runs)
             for number, (name, runs) in enumerate(zip(names, rows, strict=True))]  # fmt: skip
 
 
@@ -182,13 +184,16 @@ def _check_same_data(runs: Sequence[Run]) -> None:
                                  "write a report of each")  # fmt: skip
 
 
-def _place(run: Run, rows: Sequence[Sequence[Run]]) -> str:
-    """Tell a row from another of the same name by its framework, or else by its folder, as far as the folders differ."""
-    alike = [runs[0] for runs in rows if runs[0].setting.name == run.setting.name]
+def _place(runs: Sequence[Run], rows: Sequence[Sequence[Run]]) -> str:
+    """Tell a row from another of its name by the framework, or else by its folder, as far as the folders differ, and seeds."""
+    run = runs[0]
+    alike = [others[0] for others in rows if others[0].setting.name == run.setting.name]
     if len({other.framework for other in alike}) == len(alike):
         return run.framework
     place = str(run.folder.parents[1].relative_to(os.path.commonpath([str(other.folder.parents[1]) for other in alike])))
-    return run.folder.parent.name if place == "." else place
+    place = run.folder.parent.name if place == "." else place
+    shared = sum(other.folder.parent == run.folder.parent for other in alike) > 1  # the table was changed between two seeds
+    return f"{place}, seed {join([str(each.seed) for each in runs])}" if shared else place
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] | None:
@@ -213,6 +218,12 @@ def best_of(rows: Sequence[Row]) -> Row | None:
     finished = [row for row in rows if row.done]
     candidates = [row for row in finished if row.accuracies("validation")] if len(finished) > 1 else finished
     return max(candidates, key=lambda row: float(np.mean(row.accuracies("validation") or 0)), default=None)
+
+
+def equal_to(best: Row, rows: Sequence[Row]) -> list[Row]:
+    """Find the other rows whose mean validation accuracy is as high."""
+    top = np.mean(best.accuracies("validation") or np.nan)
+    return [row for row in rows if row is not best and np.isclose(np.mean(row.accuracies("validation") or np.nan), top)]
 
 
 def differing(a: Row, b: Row) -> list[str]:

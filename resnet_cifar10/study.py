@@ -77,7 +77,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     except JobFailed as error:
                         failed.append(str(error))
                         print(f"failed: {error}", flush=True)
-    if failed:
+    if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
@@ -113,7 +113,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
 
     Raises:
         ValueError: If setting and data do not fit together, or the folder holds something damaged.
-        JobFailed: If the loss, or a logit of the trained network, is not finite.
+        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start or learn from unfit.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
@@ -124,8 +124,11 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         compiled = False
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
-    start = _first_weights(setting, seed, training, read) if setting.start_from else None
-    teacher = _teacher(setting, seed, training, read) if setting.teacher else None
+    try:
+        start = _first_weights(setting, seed, training, read) if setting.start_from else None
+        teacher = _teacher(setting, seed, training, read) if setting.teacher else None
+    except ValueError as error:  # the run that should have made it has failed
+        raise JobFailed(str(error)) from None
     facts = environment(device) | chosen.VERSIONS | {
         "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
         "training_images": len(training), "validation_images": len(validation),
@@ -356,9 +359,11 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
         ValueError: Before anything is written.
 
     """
-    folders = [folder.resolve() for *_, folder in runs] if in_order else []
-    claims = [(folder, _claim(setting, seed, folder, read, framework, folders[:number]))
-              for number, (setting, seed, folder) in enumerate(runs)]  # fmt: skip
+    claims, earlier = [], set[Path]()
+    for setting, seed, folder in runs:
+        claims.append((folder, _claim(setting, seed, folder, read, framework, earlier)))
+        if in_order and not (folder / "result.json").exists():
+            earlier.add(folder.resolve())
     for folder, content in claims:
         if not (folder / "setting.json").exists():
             with locked(folder):
@@ -367,7 +372,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
         _check_claim(folder, content)  # another process may have been quicker
 
 
-def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: Sequence[Path]) -> dict[str, Any]:
+def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: set[Path]) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
@@ -379,7 +384,7 @@ def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: s
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
         for name, check in ((setting.start_from, _first_weights), (setting.teacher, _teacher)):
-            if name and not {Path(name).resolve(), Path(name).resolve().parent} & {*earlier}:
+            if name and not {Path(name).resolve(), Path(name).resolve().parent} & earlier:
                 check(setting, seed, training, read)
     return claim
 

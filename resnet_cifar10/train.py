@@ -139,6 +139,8 @@ class Learner:
                 loss = torch.lerp(loss, imitation(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
             return loss, hits
 
+        if compiled:
+            torch.compiler.reset()  # after other networks it would compile this one to other code than in a new process, or not
         # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
         mode = "reduce-overhead" if device == "cuda" else None
         self.forward = torch.compile(forward) if compiled else forward

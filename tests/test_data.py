@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from resnet_cifar10 import photo
 from resnet_cifar10.data import CROP_PADDING, CUTOUT_SIZE, Split, batches, hold_out, mean_and_std, normalise
 from resnet_cifar10.decode import _quick, decode
+from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.photo_like import photo_like
 from resnet_cifar10.sources import load
 from torture import inputs
@@ -375,6 +377,16 @@ def test_several_processes_decode_as_one_does_and_name_the_image_that_fails(clas
     with pytest.raises(ValueError) as error:
         load(class_folders, "train", processes=2)
     assert "red/picture.tiff: not an image" in one_line(error)
+
+
+def test_a_decoding_process_that_is_killed_ends_the_job_with_a_sentence(class_folders, monkeypatch):
+    def killed(pool, *work):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr("resnet_cifar10.decode.CHUNK", 5)
+    monkeypatch.setattr("resnet_cifar10.decode.ProcessPoolExecutor.map", killed)
+    with pytest.raises(JobFailed, match="a process that decoded its images was ended; is there enough memory"):
+        load(class_folders, "train", processes=2)
 
 
 def test_an_image_of_a_class_folder_that_does_not_decode_is_named(class_folders):

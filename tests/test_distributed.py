@@ -43,8 +43,8 @@ compile = false
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
 
 
-def start(out: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
-    (out.parent / "table.toml").write_text(TABLE)
+def start(out: Path, *launcher: str, table: str = TABLE, **environment: str) -> subprocess.Popen[str]:
+    (out.parent / "table.toml").write_text(table)
     return subprocess.Popen(
         [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out)],
         env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -138,6 +138,16 @@ def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(tmp_path: Pa
         time.sleep(0.1)
     print(f"killed after {epochs} epochs, restarted after {time.monotonic() - killed:.1f} s")
     assert contents(end(process, out)) == contents(undisturbed)
+
+
+def test_a_run_that_fails_does_not_end_the_last_one_before_it_is_exported(tmp_path: Path) -> None:
+    settings = [TABLE.replace("Shared", name).replace(f"epochs = {EPOCHS}", "epochs = 1") for name in ("Wild", "Tame")]
+    for old, new in (("resnet8", "resnet32"), ("0.02", "100.0"), ("sync_batch", "none"), ("float64", "float32")):
+        settings[0] = settings[0].replace(old, new)
+    process = start(tmp_path / "runs", *TORCHRUN[:3], "--standalone", "--nproc-per-node", "2", table="".join(settings))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1 and output.count("error: 1 of 2 runs failed: Wild, seed 0: the loss is no") == 1, output
+    assert (tmp_path / "runs/tame/seed-0/result.json").exists() and not (tmp_path / "runs/wild/seed-0/result.json").exists()
 
 
 @pytest.mark.skipif(not LONG, reason="takes a minute; LONG=1 runs it")

@@ -307,6 +307,25 @@ def test_a_closed_standard_input_is_said_to_be_closed() -> None:
     assert (done.returncode, done.stderr) == (2, "error: standard input: closed; allowed: the bytes of a photo\n")
 
 
+def test_with_standard_error_closed_the_document_is_alone_on_standard_output(tmp_path: Path) -> None:
+    shell = ["sh", "-c", 'exec "$0" -m resnet_cifar10 infer --json nothing.jpg 2>&-', sys.executable]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+
+
+def test_a_picture_does_not_replace_a_photo_or_another_picture(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "a.png")
+    before, out = (tmp_path / "a.png").read_bytes(), tmp_path / "folder/../a.png"
+    (tmp_path / "folder").mkdir()
+    new = tmp_path / "b.png"
+    for wanted, said in (([f"--explain={out}"], "a.png; allowed: a file that is none of the photos"),
+                         ([f"--figure={out}"], "a.png; allowed: a file that is none of the photos"),
+                         ([f"--figure={new}", f"--explain={new}"], "b.png twice; allowed: two files")):  # fmt: skip
+        status, output, errors = cli("infer", tmp_path / "a.png", "--model", model, *wanted)
+        assert (status, output, errors.count("\n")) == (2, "", 1) and said in errors
+    assert (tmp_path / "a.png").read_bytes() == before and not new.exists()
+
+
 def test_explain_draws_over_the_one_photo(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "a.png")
     assert cli("infer", tmp_path / "a.png", "--model", model, "--explain", tmp_path / "why.png")[0] == 0

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import run
 
+from resnet_cifar10.cluster import _progress
 from resnet_cifar10.run_folder import read_metrics
+from resnet_cifar10.settings import Setting
 from torture.training import contents
 
 LONG = "LONG" in os.environ
@@ -144,10 +146,17 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
 
 @pytest.mark.parametrize(("arguments", "problem"), [
     (("--ray", "127.0.0.1:1"), "'127.0.0.1:1', where no cluster answers"), (("--ray", "nonsense"), "HOST:PORT"),
-    (("--seed", "1", "--seeds", "2"), "--seeds"),
+    (("--seed", "1", "--seeds", "2"), "--seeds"), (("--seeds", "99999999999"), "--seeds"),
 ])  # fmt: skip
 def test_wrong_options_write_nothing(tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
     (tmp_path / "table.toml").write_text(TABLE)
     refused = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", *arguments, status=2)
     assert problem in refused.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_damaged_metrics_end_their_own_run_alone(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("here 1")
+    (tmp_path / "metrics.csv").write_text("damaged")
+    table, left = _progress([(Setting(name="Torn", epochs=4), 0, tmp_path)])
+    assert table.row_count == 1 and "not known yet" in left

@@ -496,6 +496,7 @@ def rename_a_class(run: Path) -> None:
     (lambda study: (study / RUN / "signals.json").write_text('{"activation": [1], "gradient": []}'), "signals.json: damaged"),
     (lambda study: (study / RUN / "signals.json").write_text('{"activation": {}, "gradient": []}'), "signals.json: damaged"),
     (lambda study: (study / RUN / "setting.json").write_text("[]"), "setting.json: damaged"),
+    (lambda study: change(study / RUN / "setting.json", seed="1"), "setting.json: damaged: key 'seed'"),
     (lambda study: (study / RUN / "metrics.csv").write_text("epoch\n1\n"), "metrics.csv: not the metrics"),
     (lambda study: (study / RUN / "metrics.csv").unlink(), "metrics.csv"),
     (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
@@ -549,7 +550,19 @@ def test_equal_results_are_no_difference(tmp_path: Path) -> None:
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     (found,) = comparisons(text).values()
     assert "highest test accuracy" not in text and signed(-1e-9) == "+0.00"
+    assert "best by validation" in text and "The best setting: Setting #2" in text
     assert found[1:3] == ["+0.00", "−0.83 to +0.83"]  # by hand: 1.96 * sqrt(2 * 90 * 10 / 10,000) = 0.83
+
+
+def test_of_equal_ones_none_is_the_best(tmp_path: Path) -> None:
+    for setting in (ONE, TWO):
+        write_run(tmp_path / "study", setting, 0, 90.0, validation=91.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert (
+        "**Setting #1 and Setting #2 have the same validation accuracy, the highest of 2 settings (91.00 %). Setting #1 "
+        in text
+    )
+    assert "best by validation" not in text and "## In detail: Setting #1" in text
 
 
 def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None:
@@ -618,3 +631,10 @@ def test_settings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) ->
     report([tmp_path / "short", tmp_path / "long"], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "**Setting #1 (short/runs)**" in text and "**Setting #1 (long/runs)**" in text
+
+
+def test_seeds_of_one_name_that_a_changed_table_trained_are_told_apart(tmp_path: Path) -> None:
+    for seed, lr in enumerate((0.1, 0.2, 0.2)):
+        write_run(tmp_path / "study", ONE.model_copy(update={"lr": lr}), seed, 89.0 + seed)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "**Setting #1 (setting-1, seed 0)**" in text and "**Setting #1 (setting-1, seed 1 and 2)**" in text

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,32 @@ def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
         study.study([setting(name="Wild", **wild), setting(name="Tame", epochs=1)], "images", tmp_path)
     assert "failed: Wild, seed 0" in capsys.readouterr().out
     assert (tmp_path / "tame/seed-0/result.json").exists() and not (tmp_path / "wild/seed-0/result.json").exists()
+
+
+def test_a_run_whose_teacher_failed_or_does_not_fit_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
+    wild, student = tmp_path / "wild/seed-0", tmp_path / "student/seed-1"
+    table = [setting(name="Wild", lr=100.0, normalization="none", model="resnet32", epochs=1),
+             setting(name="Student", teacher=str(wild), seeds=[1]), setting(name="Tame", epochs=1)]  # fmt: skip
+    with pytest.raises(JobFailed, match=r"^2 of 3 runs failed: Wild, .*; setting 'Student': key 'teacher': .*not finished"):
+        study.study(table, "images", tmp_path)
+    assert (tmp_path / "tame/seed-0/result.json").exists() and not (student / "result.json").exists()
+    shutil.copytree(tmp_path / "tame/seed-0", wild, dirs_exist_ok=True)
+    write_json(wild / "setting.json", json.loads((wild / "setting.json").read_text()) | {"setting": table[0].model_dump()})
+    with pytest.raises(
+        ValueError, match=r"key 'teacher': .* was trained on made up with seed 0"
+    ):  # now it is known at the start
+        study.study(table, "images", tmp_path)
+
+
+def test_a_network_is_compiled_as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for width in (8, 16):
+            learner = Learner(setting(width=width), 0, images(), "cpu", "float32", compiled=True)
+            learner.step(images(16).images, F.one_hot(images(16).labels, 4).float(), 0.1, 16)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):  # the limit is one
+            learner.loss_and_hits(images(8).images, F.one_hot(images(8).labels, 4).float())
 
 
 def test_a_run_that_another_command_has_done_meanwhile_is_not_done_again(
