@@ -27,7 +27,7 @@ from .files import read_json
 from .run_folder import locked, read_metrics
 from .settings import Setting
 from .sources import load
-from .study import Task, claim, duration, pace, run, run_folders, stop_signals
+from .study import Task, claim, duration, pace, run, run_folders, stop_requests
 
 MAX_RETRIES = 10  # of a run whose worker or node dies; each goes on after its last whole epoch
 REFRESH_SECONDS = 2
@@ -56,7 +56,7 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
 
     """
     runs = run_folders(settings, out)
-    with _ray(address) as ray, stop_signals() as received:
+    with _ray(address) as ray, stop_requests() as received:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = gpus if gpus is not None else 0.5 * (device != "cpu" and any("GPU" in node for node in nodes))
         if device != "auto" and (device == "cuda") != (gpus > 0):

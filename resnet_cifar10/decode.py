@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image
 
 from .errors import JobFailed
 from .infer import SIZE
-from .photo import read_photo, square, upright_rgb
+from .photo import read_photo, square
 
 CHUNK = 2_500  # images that a process takes at once; fewer are not worth starting one
-MAX_IMAGE_PIXELS = 1 << 16  # of one image in a parquet file
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -57,8 +55,7 @@ def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:
 def _pixels(item: bytes | Path, name: str) -> bytes:
     if isinstance(item, bytes) and (small := _quick(item)) is not None:
         return small.tobytes()
-    image = read_photo(item) if isinstance(item, Path) else _small(item, name)
-    return square(image).tobytes()
+    return square(read_photo(item if isinstance(item, Path) else io.BytesIO(item), name)).tobytes()
 
 
 def _quick(content: bytes) -> Pixels | None:
@@ -69,14 +66,3 @@ def _quick(content: bytes) -> Pixels | None:
         return simplejpeg.decode_jpeg(content) if usual else None
     except (ValueError, KeyError):  # KeyError: of a sampling that it has no name for
         return None
-
-
-def _small(content: bytes, name: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            image.load()
-            return upright_rgb(image)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
-        raise ValueError(f"{name} does not decode: {error}") from None

@@ -19,8 +19,7 @@ from urllib.request import Request, urlopen
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from .errors import JobFailed
-from .settings import one_line
+from .errors import JobFailed, one_line
 
 ARCHIVE = "cifar-10-python.tar.gz"
 SIZE_BYTES = 170_498_071

@@ -1,4 +1,4 @@
-"""What ends a command besides wrong input (ValueError) and trouble with files (OSError)."""
+"""What ends a command besides wrong input (ValueError) and trouble with files (OSError), and messages made fit to be shown."""
 
 
 class JobFailed(Exception):
@@ -7,3 +7,9 @@ class JobFailed(Exception):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, whose number is the argument, ended the training; the run folder holds every whole epoch."""
+
+
+def one_line(text: object) -> str:
+    """Make a message of another library a short line of printable characters."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -133,23 +133,22 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
     contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
     metrics: dict[str, Any] = {"validation": None, "test": None}
-    for part, split in (("validation", validation), ("test", test)):
-        if not split:
-            continue
-        images = split.images.to(device)
-        logits = predict(model, images, config["mean"], config["std"]).cpu()
-        if not logits.isfinite().all():  # the last step can spoil the weights after its own loss was computed
-            raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
-                            "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
-        if part == "validation":
-            temperature = fit_temperature(logits, split.labels)
-            both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
-            features, contrasts = both.tensor_split([model.widths[2]], 1)
-            contrast_mean, contrast_std = contrasts.mean(0), contrasts.std(0, correction=0).clamp(1e-3)
-            for label in set(split.labels.tolist()):
-                class_means[label] = features[split.labels == label].mean(0)
-        metrics[part] = evaluate(logits, split.labels, split.classes, temperature)
-        metrics[part]["mistakes"] = mistakes(logits / temperature, split)
+    splits = {part: split for part, split in (("validation", validation), ("test", test)) if split}
+    logits = {part: predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
+              for part, split in splits.items()}  # fmt: skip
+    if not all(values.isfinite().all() for values in logits.values()):  # the last step can spoil the weights after its loss
+        raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
+                        "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
+    if validation:
+        temperature, images = fit_temperature(logits["validation"], validation.labels), validation.images.to(device)
+        both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
+        features, contrasts = both.tensor_split([model.widths[2]], 1)
+        contrast_mean, contrast_std = contrasts.mean(0), contrasts.std(0, correction=0).clamp(1e-3)
+        for label in set(validation.labels.tolist()):
+            class_means[label] = features[validation.labels == label].mean(0)
+    for part, split in splits.items():
+        metrics[part] = evaluate(logits[part], split.labels, split.classes, temperature)
+        metrics[part]["mistakes"] = mistakes(logits[part] / temperature, split)
         print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
     config = config | {
         "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,

@@ -12,7 +12,7 @@ from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, sig
 COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
            "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
            "Early stopping epoch", "Accuracy")  # fmt: skip
-DIFFERENCES = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
+COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
 WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "SiLU", "he_normal": "He_normal",
          "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW", "muon": "Muon",
          "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
@@ -139,8 +139,8 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     return text + last
 
 
-def differences(compared: Comparison) -> list[str]:
-    """Fill the columns of DIFFERENCES."""
+def comparison_cells(compared: Comparison) -> list[str]:
+    """Fill the COMPARISON_COLUMNS."""
     row, other, p = compared.row, compared.other, compared.p
     values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in differing(row, other)]
     values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
@@ -205,7 +205,7 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
                   "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
                   f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
-        "differences": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
+        "comparisons": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
                        "Welch's t test, and the last column says whether the seeds tell the two apart: yes, also when all "
                        "comparisons of this table are tested at once (Holm's correction, 5 %); by itself only: of twenty such "
                        "tests of equal settings one is expected to say so; or no. With one seed on a side the interval is of "
@@ -221,9 +221,11 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }  # fmt: skip
     if baseline:
-        told["gains"] = (f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled: "
-                         "the seeds tell the two apart, also when all comparisons are tested at once; hollow: by itself only; "
-                         "grey: they cannot. The axis is logarithmic beyond 2 points.")  # fmt: skip
+        told["differences"] = (
+            f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled: the seeds tell "
+            "the two apart, also when all comparisons are tested at once; hollow: by itself only; grey: they cannot. The axis "
+            "is logarithmic beyond 2 points."
+        )
     return told
 
 

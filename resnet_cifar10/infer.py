@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field
 
+from .errors import one_line
 from .files import read_json
-from .settings import one_line, validated
+from .settings import validated
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees

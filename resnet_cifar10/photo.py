@@ -11,22 +11,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .errors import one_line
 from .infer import SIZE
-from .settings import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
-def read_photo(file: Path | io.BytesIO) -> Image.Image:
+def read_photo(file: Path | io.BytesIO, name: str = "standard input") -> Image.Image:
     """Read a photo of a usual format as upright RGB.
 
     Raises:
-        ValueError: With the file and the reason: unreadable, not an image, damaged or too large.
+        ValueError: With the file (or the name of the bytes) and the reason: unreadable, not an image, damaged or too large.
 
     """
-    name = file if isinstance(file, Path) else "standard input"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a photo is not our user's concern
@@ -38,7 +37,7 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
                     raise ValueError("more scans than any camera writes")
                 image.draft("RGB", (16 * SIZE, 16 * SIZE))  # JPEG: decode at a fraction of the size where that is enough
                 image.load()
-                return upright_rgb(image)
+                return _upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
@@ -46,7 +45,7 @@ def read_photo(file: Path | io.BytesIO) -> Image.Image:
         elif isinstance(error, UnidentifiedImageError):
             empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
             reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
-        raise ValueError(f"{name}: {one_line(reason)}") from None
+        raise ValueError(f"{file if isinstance(file, Path) else name}: {one_line(reason)}") from None
 
 
 def _scans(jpeg: Path | io.BytesIO) -> int:
@@ -54,7 +53,7 @@ def _scans(jpeg: Path | io.BytesIO) -> int:
     return (jpeg.read_bytes() if isinstance(jpeg, Path) else jpeg.getvalue()).count(b"\xff\xda")
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     """Turn a loaded picture as its EXIF data say, and bring it to RGB of 8 bits.
 
     Raises:

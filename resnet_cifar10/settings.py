@@ -13,6 +13,8 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .errors import one_line
+
 AUGMENTATIONS = ("crop", "flip", "altflip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -169,9 +171,3 @@ def _short(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # of an int with more digits than Python prints
         return "a huge number"
-
-
-def one_line(text: object) -> str:
-    """Make a message of another library a short line of printable characters."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-    return line if len(line) <= 160 else line[:157] + "..."

@@ -19,8 +19,8 @@ from PIL import Image
 from .data import Split, hold_out
 from .decode import decode
 from .download import ARCHIVE
+from .errors import one_line
 from .infer import SIZE
-from .settings import one_line
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}

@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .errors import one_line
 from .files import write, write_json
 from .infer import model_folder, read_config
 from .model import ResNet
-from .settings import one_line
 
 Tensors = dict[str, Tensor]
 

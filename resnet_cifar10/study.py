@@ -63,14 +63,12 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         failed = []
         for number, task in enumerate(runs, 1):
             # looked up anew each time: another command may have done some; the file system of another host may be late
-            todo = [[other for other in runs[number - 1 :] if not (other[2] / "result.json").exists()]]
-            if dist.is_initialized():
-                dist.broadcast_object_list(todo)
-            (setting, seed, folder), is_done = task, task not in todo[0]
+            todo = from_first([other for other in runs[number - 1 :] if not (other[2] / "result.json").exists()])
+            (setting, seed, folder), is_done = task, task not in todo
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
             if not is_done:
-                later = sum(other.epochs * _size(other) for other, *_ in todo[0][1:])
+                later = sum(other.epochs * _size(other) for other, *_ in todo[1:])
                 with locked(folder) if rank == 0 else nullcontext():
                     try:
                         run(setting, seed, read, folder, device, rank, framework, later)
@@ -134,12 +132,9 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         "training_images": len(training), "validation_images": len(validation),
         **({"teacher_sha256": sha256(teacher[0].state_dict(), {})} if teacher else {}),
     }  # fmt: skip
-    found: list[Any] = [resume(folder, facts) if rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
+    rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0 and not (folder / "signals.json").exists():
         write_json(folder / "signals.json", signals(setting, seed, training, start))
-    rows, checkpoint, messages = found[0]
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
         print(f"{name}: {message}", flush=True)
@@ -148,7 +143,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
           f"{', compiled (the first time takes a minute)' if compiled else ''}"
           f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip
 
-    with stop_signals() as received, _progress() as show:
+    with stop_requests() as received, _progress() as show:
 
         def after_step(epoch: int, step: int, steps: int) -> None:
             show(epoch, step, steps)
@@ -184,7 +179,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """Collect the first Ctrl-C or SIGTERM, so that the current step ends; a second one leaves at once."""
     received: list[int] = []
 
@@ -348,6 +343,14 @@ def joined_processes(device: str) -> Iterator[int]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def from_first(value: Any) -> Any:
+    """Give every process the value of the first one."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_order: bool = True) -> None:
