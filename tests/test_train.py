@@ -183,7 +183,7 @@ def test_a_network_that_has_learned_from_images_in_another_form_is_not_validated
     train_run(setting(), 0, lambda part: copy if part == "train" else None, tmp_path / "copy", "cpu")
     originals = replace(images(), source="CIFAR-10")
     row = setting(start_from=str(tmp_path / "copy"))
-    with pytest.raises(ValueError, match=r"trained on CIFAR-10 \(JPEG quality 75 copy\) with seed 0 .* to validate it"):
+    with pytest.raises(JobFailed, match=r"trained on CIFAR-10 \(JPEG quality 75 copy\) with seed 0 .* to validate it"):
         train_run(row, 0, lambda part: originals if part == "train" else None, tmp_path / "originals", "cpu")
     train_run(row, 0, lambda part: copy if part == "train" else None, tmp_path / "the same", "cpu")
 
