@@ -226,7 +226,7 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
 ) -> None:
-    """Open a web page that classifies photos; nothing leaves this machine."""
+    """Serve a web page that classifies photos; nothing leaves this machine."""
     _need("serve")
     from .serve import serve as serve_page
 

@@ -100,7 +100,7 @@ def meaning(row: Row) -> dict[str, str]:
 
 
 def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None) -> str:
-    """Write the result in three or four sentences; `goal` is the test accuracy in percent that was asked for."""
+    """Write the result in a few sentences; `goal` is the test accuracy in percent that was asked for."""
     runs = [run for row in rows for run in row.runs]
     waiting = sum(not run.result for run in runs)
     last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
@@ -164,9 +164,10 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
         gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({signed(train - seen, 1)} points)"))
     if gaps:
-        many, augmented = len(gaps) > FEW, any(row.setting.augmentation != "none" for row in validated)
+        many, augmented = len(gaps) > FEW, [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
-        changed = ", on augmented images: as they are, more of them are classified correctly" * augmented
+        those = "" if all(augmented) else " where a setting has augmentation"
+        changed = f", on augmented images{those}: as they are, more of them are classified correctly" * any(augmented)
         found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
                       f"{shown}. Training accuracy is counted during the epoch{changed}."))  # fmt: skip
     return found

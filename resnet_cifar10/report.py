@@ -110,7 +110,8 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
         cards.append({"name": name, "prediction": prediction, "bars": bars, "picture": picture})
     note = (
         f"Classified by {by}, of {len(classifier.classes)} classes, trained on {classifier.config['data']}. "
-        "“None of these”: its likeness to the classes, less a penalty for odd textures, is below the model's threshold."
+        "“None of these”: its likeness to the classes, less a penalty for textures richer than usual, is below the model's "
+        "threshold."
     )
     return cards, note
 
