@@ -6,9 +6,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from PIL import Image
 
 from resnet_cifar10.infer import BUILT_IN
@@ -34,7 +35,23 @@ def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
         metrics = json.loads(run("evaluate", model, "--data", "digits", "--json").out)
         assert (metrics["accuracy"], metrics["n"], metrics["framework"]) == (result["test"]["accuracy"], 359, "pytorch")
         assert metrics["confusion"] == result["test"]["confusion"]
-    assert f"{metrics['accuracy']:.2f} %" in run("evaluate", digits_run, "--data", "digits").out
+    low, high = metrics["interval_95"]
+    said = run("evaluate", digits_run, "--data", "digits").out
+    assert f"{metrics['accuracy']:.2f} %" in said and f"{low:.2f} to {high:.2f}" in said
+
+
+@pytest.mark.parametrize(("options", "runs"), [
+    (["--setting", "setting-3", "--seeds", "2"], [("Setting #3", 200, [0, 1])]),
+    (["--setting", "Setting #1", "--setting", "Setting #3", "--seed", "4", "--epochs", "9"],
+     [("Setting #1", 9, [4]), ("Setting #3", 9, [4])]),
+])  # fmt: skip
+def test_what_is_trained_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], runs: list[tuple[Any, ...]]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("resnet_cifar10.study.study", lambda rows, *_: asked.extend((r.name, r.epochs, r.seeds) for r in rows))
+    run("train", ROOT / "settings/assignment.toml", "--data", "digits", "--out", "runs", *options)
+    assert asked == runs
 
 
 def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Path) -> None:

@@ -586,6 +586,16 @@ def test_a_photo_without_any_change_is_the_picture():
     assert (photo_like(pictures, middle, torch.zeros(50, 3, 32, 32)).int() - pictures.int()).abs().max() <= 3
 
 
+@pytest.mark.parametrize("number", range(14))
+def test_every_strength_of_a_photo_changes_the_picture(number):
+    uniform = torch.full((1, 17), 0.5)
+    uniform[:, 12], uniform[:, 13], uniform[:, 14] = 0, 0, 1
+    picture, noise = torch.from_numpy(TRAIN[0][:1]), torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = photo_like(picture, uniform, noise)
+    uniform[:, number] = 0.95
+    assert not torch.equal(photo_like(picture, uniform, noise), plain)
+
+
 def test_each_process_changes_its_images_like_other_photos():
     split = Split(torch.full((64, 32, 32, 3), 100, dtype=torch.uint8), torch.arange(64) % 10, CLASS_NAMES, "all alike")
     parts = [list(batches(split, 32, "photo", 0, 1, FILL, rank, 2)) for rank in range(2)]
@@ -632,4 +642,4 @@ def test_mixup_mixes_pixels_and_targets_in_the_same_shares():
         expected = targets @ colours.float()
         assert float((images.float() - expected[:, None, None, None]).abs().max()) <= 0.51  # rounded to whole levels
         shares.append(round(float(targets.max(1).values.min()), 4))
-    assert len(set(shares)) > 15  # beta(0.2, 0.2) is often near 0 or 1, but not a constant
+    assert len(set(shares)) > 15 and sum(share > 0.9 for share in shares) >= 6  # beta(0.2, 0.2) is often near 0 or 1

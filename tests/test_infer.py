@@ -21,7 +21,7 @@ from PIL import Image
 
 from resnet_cifar10.data import Split
 from resnet_cifar10.export import describe, member_photos, mistakes, rejection_threshold
-from resnet_cifar10.infer import BUILT_IN, Classifier
+from resnet_cifar10.infer import BUILT_IN, Classifier, Prediction
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import encoded, read_photo, square, views
 from resnet_cifar10.settings import Setting
@@ -164,13 +164,9 @@ def test_a_photo_and_its_mirror_image_get_the_same_answer(model: Path, photo: Im
     assert np.abs(upside_down[:, ::-1].astype(int) - views(photo)).max() <= 1
 
 
-def test_below_the_threshold_it_is_none_of_these(model: Path, photo: Image.Image, tmp_path: Path) -> None:
-    save_model(tmp_path, ResNet(8, 3), CONFIG | {"rejection_threshold": 1.1})
-    (tmp_path / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
-    photo.save(tmp_path / "photo.png")
-    status, output, _ = cli("infer", tmp_path / "photo.png", "--model", tmp_path)
-    assert status == 0
-    assert "none of these 3 (most like: " in output
+def test_what_is_said_of_a_photo() -> None:
+    assert str(Prediction("a", {"a": 0.614, "b": 0.386}, 0.7, rejected=False)) == "a, 61 %"
+    assert str(Prediction("a", {"a": 0.614, "b": 0.386}, 0.7, rejected=True)) == "none of these 2 (most like: a, 61 %)"
 
 
 def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:

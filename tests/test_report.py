@@ -23,10 +23,10 @@ from PIL import Image
 from resnet_cifar10 import plots, settings
 from resnet_cifar10.evaluate import wilson_interval
 from resnet_cifar10.files import write_json
-from resnet_cifar10.findings import AUGMENTATIONS, WORDS
+from resnet_cifar10.findings import AUGMENTATIONS, WORDS, cells
 from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
 from resnet_cifar10.report import pack, report
-from resnet_cifar10.results import Comparison, read_rows, signed, welch
+from resnet_cifar10.results import Comparison, Row, read_rows, signed, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
 from resnet_cifar10.settings import Setting
 
@@ -460,8 +460,8 @@ def test_packing_refuses(tmp_path: Path, out_zip: str, folder: str, root: str, s
 
 def test_every_word_of_a_setting_has_its_words_in_the_report() -> None:
     assert AUGMENTATIONS.keys() == {"none", *settings.AUGMENTATIONS}
-    for key in ("activation", "weight_init", "normalization"):
-        assert set(get_args(settings.Setting.model_fields[key].annotation)) <= WORDS.keys()
+    for key in ("activation", "weight_init", "normalization", "optimizer"):
+        assert set(get_args(settings.Setting.model_fields[key].annotation)) - {"sgd"} <= WORDS.keys()
 
 
 RUN = Path("setting-1") / "seed-0"
@@ -507,6 +507,8 @@ def rename_a_class(run: Path) -> None:
     (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
     (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
     (lambda study: fewer_test_images(study / RUN), "different data (other test images)"),
+    (lambda study: [change(study / f"setting-{n}" / "seed-0" / "environment.json", training_sha256=str(n)) for n in (1, 2)],
+     "different data (other training images)"),
     (lambda study: rename_a_class(study / RUN), "different data (other validation classes)"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_named_and_nothing_is_written(
@@ -585,6 +587,72 @@ def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None
     assert {row: values[-1] for (row, _), values in found.items()} == {"Chance": "by itself only", "Like": "no", "Far": "yes"}
 
 
+@pytest.mark.parametrize(("gains", "told"), [((8.0, 3.1, 2.75), ["yes"] * 3),
+                                             ((8.0, 2.7, 2.5), ["yes", "by itself only", "by itself only"])])  # fmt: skip
+def test_of_several_comparisons_each_is_counted_with_those_that_are_less_sure(
+    tmp_path: Path, gains: tuple[float, ...], told: list[str]
+) -> None:
+    for number, gain in enumerate((0.0, *gains)):
+        for seed, value in enumerate((79.0, 80.0, 81.0)):
+            write_run(tmp_path / "study", TWO.model_copy(update={"name": f"N{number}", "lr": 0.1 + number}), seed, value + gain)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert [values[-1] for values in comparisons(text).values()] == told
+
+
+def test_the_best_setting_is_not_that_of_the_luckiest_seed(tmp_path: Path) -> None:
+    for setting, values in ((ONE, (90.0, 93.0)), (TWO, (92.0, 92.0))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path / "study", setting, seed, 90.0, validation=value)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "Setting #2 is the best of 2 settings by validation accuracy (92.00 ± 0.00 %)" in text
+
+
+def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Path) -> None:
+    for seed, epochs in enumerate((6, 5)):
+        write_run(tmp_path / "study", ONE, seed, 90.0, epochs=epochs)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "3 epochs without a better validation accuracy end a run (seed 1 after epoch 5)" in text
+
+
+def test_what_stands_behind_table_and_runs_is_told(out: Path) -> None:
+    text = (out / "report.md").read_text()
+    assert ("- lr decay: Setting #1: constant lr. Setting #2 and Setting #3: times 0.1 at 50 and 75 % of the run "
+            "(after 3 and 4.5 epochs)\n") in text  # fmt: skip
+    assert "- Training images: 45,000\n- Validation images: 5,000\n- Test images: 10,000\n" in text
+
+
+def test_the_cells_of_an_unusual_setting() -> None:
+    odd = Setting(name="a", model="resnet20", width=32, block="pre", shortcut="none", momentum=0, weight_decay=0,
+                  augmentation="none")  # fmt: skip
+    assert cells(Row(0, "a", odd, [])) == ["Plain20, width 32 (pre-activation)", "128", "ReLU", "He_normal", "SGD", "0.1",
+                                           "200", "Batch Norm", "X", "X", "X", "–", "–", ""]  # fmt: skip
+
+
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The functions that paint each plot."""
+    found: list[Any] = []
+    monkeypatch.setattr(plots, "draw", lambda name, alt, size, paint: found.append(paint))
+    return found
+
+
+def test_true_classes_are_rows_and_the_named_ones_columns(painted: list[Any]) -> None:
+    plots.plot_confusion({"per_class": {"cat": 0, "dog": 0}, "confusion": [[5, 3], [0, 7]], "n": 15}, "test")
+    painted[0](figure := Figure())
+    shown = [(*text.get_position(), text.get_text()) for text in figure.axes[0].texts]
+    assert shown == [(0, 0, "5"), (1, 0, "3"), (1, 1, "7")]
+
+
+def test_curves_count_epochs_from_one_and_the_dot_is_at_the_kept_one(tmp_path: Path, painted: list[Any]) -> None:
+    plots.plot_one(read_rows([write_study(tmp_path)])[0])
+    painted[0](figure := Figure())
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+    epochs = [1, 2, 3, 4, 5, 6]
+    assert drawn[:3] == [(epochs, [95] * 6), (epochs, [50, 70, 80, 85, 91, 89]), ([5], [91])]
+    ends = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert ends.keys() == {"training", "validation"}, ends
+
+
 def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:
     write_run(tmp_path / "study", ONE, 0, 89.0)
     folder = write_run(tmp_path / "study", TWO, 0, 90.0)
@@ -596,14 +664,11 @@ def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_pa
     assert " %; a rough choice, for they hold out 2,000 or 5,000 images)" in text
 
 
-def test_intervals_are_drawn_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    painted: list[Any] = []
-    monkeypatch.setattr(plots, "draw", lambda name, alt, size, paint: painted.append(paint))
+def test_intervals_are_drawn_whole(tmp_path: Path, painted: list[Any]) -> None:
     rows = read_rows([write_study(tmp_path)])
     sure = Comparison(rows[1], rows[0], -50.0, (-51.0, -49.0), 0.001, stands=True)
     plot_differences(rows[0], [Comparison(rows[2], rows[0], -0.3, (-4.0, 3.4), 0.5), sure])
-    figure = Figure()
-    painted[0](figure)
+    painted[0](figure := Figure())
     drawn = [(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines]
     assert drawn[:4] == [("|", -51.0, -49.0), ("o", -50.0), ("|", -4.0, 3.4), ("o", -0.3)]
 

@@ -47,6 +47,13 @@ def test_assignment_decays_times_a_tenth_at_epochs_100_and_150():
     assert [learning_rate(constant, epoch / 200) for epoch in by_epoch] == [0.1] * 6
 
 
+def test_the_network_is_the_one_that_the_row_asks_for():
+    asked = {"width": 24, "block": "pre", "activation": "leaky_relu", "leaky_slope": 0.3, "normalization": "group",
+             "weight_init": "xavier_normal"}  # fmt: skip
+    row = Setting(name="a", model="resnet14", shortcut="none", **asked)
+    assert row.architecture(7) == {"depth": 14, "classes": 7, "shortcut": False, **asked}
+
+
 @pytest.mark.parametrize("table", sorted((ROOT / "settings").glob("*.toml")), ids=lambda table: table.name)
 def test_every_table_of_the_project_is_right(table):
     assert load_settings(table)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +19,10 @@ import torch.nn.functional as F
 from conftest import ROOT, run
 
 from resnet_cifar10 import run_folder, study
-from resnet_cifar10.data import Split, normalise
+from resnet_cifar10.data import Split, batches, normalise
 from resnet_cifar10.errors import JobFailed
+from resnet_cifar10.evaluate import fit_temperature
+from resnet_cifar10.export import describe
 from resnet_cifar10.files import write_json
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.muon import RMS, Muon, orthogonal
@@ -31,7 +32,7 @@ from resnet_cifar10.signals import signals
 from resnet_cifar10.storage import load_model
 from resnet_cifar10.study import claim, epoch_line, evaluate_model, split_data
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, Learner, imitation
+from resnet_cifar10.train import Checkpoint, Learner, imitation, initial_network, train
 from torture.training import contents
 
 pytestmark = pytest.mark.usefixtures("quick_export")
@@ -107,16 +108,6 @@ def unfinished(tmp_path: Path, run: Path) -> Path:
     return folder
 
 
-def test_a_damaged_newest_checkpoint_is_said_aloud_and_the_one_before_is_used(tmp_path: Path, undisturbed: Path) -> None:
-    folder = unfinished(tmp_path, undisturbed)
-    content = bytearray((folder / "last.safetensors").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "last.safetensors").write_bytes(content)
-    again = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
-    assert "SHA-256 does not match" in again.out
-    assert contents(folder) == contents(undisturbed)
-
-
 @pytest.mark.parametrize("key", ["threads", "code_sha256"])
 def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_mark(
     tmp_path: Path, undisturbed: Path, key: str
@@ -144,12 +135,6 @@ def test_an_output_folder_with_other_files_is_refused_and_left_alone(tmp_path: P
     (folder / "thesis.txt").write_text("precious")
     assert "thesis.txt" in run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs", status=2).err
     assert [entry.name for entry in folder.iterdir()] == ["thesis.txt"]
-
-
-def test_a_run_that_a_process_works_on_is_left_to_it(tmp_path: Path) -> None:
-    with run_folder.locked(tmp_path / "runs" / "small" / "seed-0"):
-        second = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs", status=2)
-    assert f"process {os.getpid()} on " in second.err
 
 
 @pytest.mark.parametrize("change", ["batch_size = 128|batch_size = 5000", "validation_size = 200|validation_size = 1438",
@@ -488,17 +473,33 @@ def test_other_images_under_the_same_name_are_refused(tmp_path: Path) -> None:
         claim([(setting(), 0, tmp_path / "run")], lambda part: changed if part == "train" else None)
 
 
-def test_a_step_has_the_learning_rate_of_its_place_in_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: list[float] = []
+def test_the_loop_learns_from_the_batches_that_setting_seed_and_epoch_ask_for() -> None:
+    class Recorder:
+        device, mean = "cpu", (0.2, 0.4, 0.6)
 
-    def step(self: Learner, images: torch.Tensor, targets: torch.Tensor, lr: float, batch_size: int) -> torch.Tensor:
-        rates.append(lr)
-        return torch.zeros(2, dtype=torch.float64)
+        def step(self, images: torch.Tensor, targets: torch.Tensor, lr: float, batch_size: int) -> torch.Tensor:
+            seen.append((images, targets, lr, batch_size))
+            return torch.tensor([2.0, 50.0], dtype=torch.float64) * len(images)
 
-    monkeypatch.setattr(Learner, "step", step)
-    row = setting(lr=0.6, lr_decay="linear")
-    train_run(row, 0, lambda part: images() if part == "train" else None, tmp_path, "cpu")
-    assert rates == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+        def tensors(self) -> dict[str, Any]:
+            return {"model": {}, "optimizer": {}}
+
+    seen: list[Any] = []
+    row, some = setting(lr=0.6, lr_decay="linear", augmentation="crop_flip_mixup", validation_size=0), images(40)
+    rows = [metrics for metrics, _ in train(Recorder(), row, 7, some, some.subset(torch.arange(0)))]
+    fill = torch.tensor([51, 102, 153], dtype=torch.uint8)
+    wanted = [batch for epoch in (1, 2) for batch in batches(some, 16, "crop_flip_mixup", 7, epoch, fill)]
+    for (pixels, targets, *_), batch in zip(seen, wanted, strict=True):
+        assert torch.equal(pixels, batch[0]) and torch.equal(targets, batch[1])
+    assert [lr for *_, lr, _ in seen] == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert [size for *_, size in seen] == [16, 16, 8] * 2
+    assert [(metrics["train_loss"], metrics["train_accuracy"]) for metrics in rows] == [(2, 50)] * 2
+
+
+def test_seeds_differ_in_first_weights_and_held_out_images() -> None:
+    first = [initial_network(setting(), seed, 4, None).conv.weight for seed in (0, 1)]
+    held = [split_data(setting(), seed, data)[1].images for seed in (0, 1)]
+    assert not torch.equal(*first) and not torch.equal(*held)
 
 
 def test_a_step_is_that_of_pytorch() -> None:
@@ -512,3 +513,51 @@ def test_a_step_is_that_of_pytorch() -> None:
     sgd.step()
     learner.step(data.images, targets, 0.05, 16)
     torch.testing.assert_close(learner.model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_with_a_teacher_is_what_the_setting_says() -> None:
+    row, some = setting(teacher="t", teacher_weight=0.25, teacher_temperature=3.0), images(16)
+    teacher = ResNet(8, 4).eval(), {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    learner = Learner(row, 0, some, "cpu", "float32", False, None, teacher)
+    with torch.inference_mode():
+        loss, _ = learner.loss_and_hits(some.images, torch.eye(4)[some.labels])
+        ours = learner.forward(normalise(some.images, torch.tensor(learner.mean), torch.tensor(learner.std)))
+        theirs = teacher[0](normalise(some.images, *map(torch.tensor, teacher[1].values())))
+    expected = 0.75 * F.cross_entropy(ours, some.labels, reduction="sum") + 0.25 * imitation(ours, theirs, 3)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_bfloat16_is_for_computing_and_the_weights_stay_float32() -> None:
+    learner, dtypes = Learner(setting(), 0, images(), "cpu", "bfloat16", compiled=False), []
+    learner.model.conv.register_forward_hook(lambda conv, x, out: dtypes.append(out.dtype))
+    learner.step(images(16).images, torch.eye(4)[images(16).labels], 0.1, 16)
+    assert dtypes == [torch.bfloat16] and learner.model.conv.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("able", "asked", "device", "resolved"), [
+    (True, "auto", "cpu", ("bfloat16", True)), (False, "auto", "cpu", ("float32", False)),
+    (True, "float32", "cpu", ("float32", False)), (False, "bfloat16", "cpu", ("bfloat16", True)),
+    (False, "auto", "cuda", ("float32", True)),
+])  # fmt: skip
+def test_the_machine_chooses_what_the_setting_leaves_open(
+    monkeypatch: pytest.MonkeyPatch, able: bool, asked: str, device: str, resolved: tuple[str, bool]
+) -> None:
+    monkeypatch.setattr(study, "computes_in_bfloat16", lambda device: able)
+    assert study._resolve(setting(precision=asked, compile=True), device) == resolved
+    assert study._resolve(setting(precision=asked), device) == (resolved[0], False)
+
+
+def test_a_finished_model_is_calibrated_on_its_validation_images(tmp_path: Path) -> None:
+    result = train_run(setting(epochs=1), 0, lambda part: images(), tmp_path)
+    seconds = sum(row["train_seconds"] + row["validation_seconds"] for row in run_folder.read_metrics(tmp_path))
+    assert result["train_minutes"] == pytest.approx(seconds / 60) and not result["stopped_early"]
+    (network, config), labels = load_model(tmp_path), images().labels
+    with torch.inference_mode():
+        x = normalise(images().images, torch.tensor(config["mean"]), torch.tensor(config["std"]))
+        (features, contrasts, _), logits = describe(network, x), network(x)
+    assert config["temperature"] == pytest.approx(fit_temperature(logits, labels), rel=1e-3)
+    for label in range(4):
+        middle = F.normalize(features[labels == label].mean(0), dim=0)
+        assert config["class_directions"][label] == pytest.approx(middle.tolist(), abs=1e-4)
+    assert config["contrast_mean"] == pytest.approx(contrasts.mean(0).tolist(), abs=1e-4)
+    assert config["contrast_std"] == pytest.approx(contrasts.std(0, correction=0).tolist(), abs=1e-4)
