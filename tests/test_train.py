@@ -548,7 +548,7 @@ def test_the_machine_chooses_what_the_setting_leaves_open(
 
 
 def test_a_finished_model_is_calibrated_on_its_validation_images(tmp_path: Path) -> None:
-    result = train_run(setting(epochs=1), 0, lambda part: images(), tmp_path)
+    result = train_run(setting(epochs=1, lr=0.01), 0, lambda part: images(), tmp_path)
     seconds = sum(row["train_seconds"] + row["validation_seconds"] for row in run_folder.read_metrics(tmp_path))
     assert result["train_minutes"] == pytest.approx(seconds / 60) and not result["stopped_early"]
     (network, config), labels = load_model(tmp_path), images().labels
@@ -556,6 +556,7 @@ def test_a_finished_model_is_calibrated_on_its_validation_images(tmp_path: Path)
         x = normalise(images().images, torch.tensor(config["mean"]), torch.tensor(config["std"]))
         (features, contrasts, _), logits = describe(network, x), network(x)
     assert config["temperature"] == pytest.approx(fit_temperature(logits, labels), rel=1e-3)
+    assert 0.1 < config["temperature"] < 10  # not at an end of the search
     for label in range(4):
         middle = F.normalize(features[labels == label].mean(0), dim=0)
         assert config["class_directions"][label] == pytest.approx(middle.tolist(), abs=1e-4)
