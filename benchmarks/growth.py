@@ -45,7 +45,10 @@ def main() -> None:
         values = torch.tensor([sorted(seconds[panel, *point]) for point in at])
         middle = values.median(1).values
         axis.errorbar([p[column] for p in at], middle, [middle - values[:, 0], values[:, -1] - middle], marker="o", capsize=3)
-        axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None), xticks=[p[column] for p in at])
+        axis.set(xlabel=panel, ylabel="seconds", ylim=(0, None))
+        if panel == "batch size":
+            axis.set_xscale("log", base=2)  # each size is double the last
+        axis.set_xticks([p[column] for p in at], [f"{p[column]:,}" for p in at])
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}\nwhere not said otherwise: ResNet-20, batches of 128, 1,024 images", fontsize=9)
     file = out / f"{date.today()}-{slug(machine['processor'])}-growth"
