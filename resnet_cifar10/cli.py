@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from .errors import Interrupted, JobFailed
+from .errors import Interrupted, JobFailed, printable
 from .files import check_writable, write
-from .names import printable
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def infer(
             from .explain import activation, heat_map
 
             heat = heat_map(image, activation(classifier, image, prediction.label))
-            pictures.append((printable(Path(name).name), image, heat, prediction))
+            pictures.append((printable(Path(name).name), image.resize(heat.size), heat, prediction))
     if as_json:
         print(json.dumps(answers))
     if explain and pictures:

@@ -121,8 +121,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     if "altflip" in parts:
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
-    share = np.random.default_rng([seed, epoch]).beta(MIXUP_ALPHA, MIXUP_ALPHA, n)
-    uniform = torch.rand(n if "photo" in parts else 0, 17, generator=rng)
+    uniform = torch.rand(n, 17, generator=rng)  # of photo
+    mixing = np.random.default_rng([seed, epoch])
 
     span = torch.arange(SIZE, device=device)
     one_hot = torch.eye(len(split.classes), device=device)
@@ -142,6 +142,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
             noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=rng)[rank::processes].to(device)
             images[::2] = photo_like(half, uniform[start + rank :: processes][: len(half)].to(device), noise)
         if "mixup" in parts:  # with the same batch in reverse order
-            images = (share[start] * images + (1 - share[start]) * images.flip(0)).round().to(torch.uint8)
-            targets = share[start] * targets + (1 - share[start]) * targets.flip(0)
+            share = mixing.beta(MIXUP_ALPHA, MIXUP_ALPHA)
+            images = (share * images + (1 - share) * images.flip(0)).round().to(torch.uint8)
+            targets = share * targets + (1 - share) * targets.flip(0)
         yield images, targets

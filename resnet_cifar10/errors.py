@@ -1,5 +1,9 @@
 """What ends a command besides wrong input (ValueError) and trouble with files (OSError), and messages made fit to be shown."""
 
+import unicodedata
+
+JOINERS = "\u200c\u200d"  # of letters and of emoji
+
 
 class JobFailed(Exception):
     """The job can't be done: the loss is no longer finite, another process has ended, no mirror delivers the archive."""
@@ -13,3 +17,8 @@ def one_line(text: object) -> str:
     """Make a message of another library a short line of printable characters."""
     line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
     return line if len(line) <= 160 else line[:157] + "..."
+
+
+def printable(text: str) -> str:
+    """Replace in a name what would move a terminal's cursor or cannot be encoded by question marks."""
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS else c for c in text)

@@ -130,7 +130,8 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         JobFailed: If a logit is not finite.
 
     """
-    temperature, class_means = 1.0, model.linear.weight.detach().cpu().clone()
+    temperature = 1.0
+    class_means = model.linear.weight.detach().cpu().clone()
     contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
     metrics: dict[str, Any] = {"validation": None, "test": None}
     splits = {part: split for part, split in (("validation", validation), ("test", test)) if split}
@@ -140,7 +141,8 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
                         "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
     if validation:
-        temperature, images = fit_temperature(logits["validation"], validation.labels), validation.images.to(device)
+        temperature = fit_temperature(logits["validation"], validation.labels)
+        images = validation.images.to(device)
         both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
         features, contrasts = both.tensor_split([model.widths[2]], 1)
         contrast_mean, contrast_std = contrasts.mean(0), contrasts.std(0, correction=0).clamp(1e-3)
@@ -159,7 +161,7 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     }  # fmt: skip
     save_model(folder, model, config)
     export(folder, folder / "model.onnx")
-    if len(validation):
+    if validation:
         config["rejection_threshold"] = rejection_threshold(Classifier(folder), validation.images.numpy())
         write_json(folder / "config.json", config)
     write_card(folder, config)
@@ -229,8 +231,9 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
   these", as is one in twenty photos made of validation images."""
     if not accuracy["validation"]:
         members = 'No photo is answered with "none of these": that takes validation images.'
-    results = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
-               f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
+    rows = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
+            f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
+    results = "\n".join(rows)
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
     start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""
     keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items() if key != "nesterov" or value)  # Muon always is
@@ -247,7 +250,7 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {", ".j
 
 | split | accuracy | 95 % interval | images |
 | --- | --- | --- | --- |
-{chr(10).join(results)}
+{results}
 
 - Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
   {chosen}. One run: n = 1 seed.{start}

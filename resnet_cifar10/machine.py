@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-COMPUTING = ("data.py", "evaluate.py", "model.py", "muon.py", "photo_like.py", "tensorflow_twin.py", "train.py")  # a run's bits
+COMPUTING = ("data.py", "evaluate.py", "model.py", "muon.py", "norms.py", "photo_like.py", "tensorflow_twin.py", "train.py")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -59,8 +59,10 @@ def environment(device: str) -> dict[str, Any]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in COMPUTING)).hexdigest()
-    ours, git = (here.parent / ".git").exists() and shutil.which("git"), ["git", "-C", str(here), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if ours else ""
+    commit = ""
+    if (here.parent / ".git").exists() and shutil.which("git"):
+        git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "git_commit": commit or "unknown", "code_sha256": code, "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__, "system": platform.system(),

@@ -18,9 +18,9 @@ from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import findings, plots
+from .errors import printable
 from .files import check_writable, write
 from .infer import Classifier
-from .names import printable
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
 from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows

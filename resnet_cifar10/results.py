@@ -268,9 +268,10 @@ def compare(row: Row, other: Row) -> Comparison:
     if tested := welch(a, b):
         compared.p, compared.interval = tested[0], tested[1:]
     elif compared.single:
-        variances = [np.mean(x) * (100 - np.mean(x)) / each.measured("test")[0]["n"] for x, each in ((a, row), (b, other))]
-        margin = 1.96 * float(sum(variances)) ** 0.5
-        compared.interval = (compared.gain - margin, compared.gain + margin)
+        (low, high), (other_low, other_high) = (np.subtract(m["interval_95"], m["accuracy"]) for m in
+                                                (each.measured("test")[0] for each in (row, other)))  # fmt: skip
+        below, above = np.hypot(low, other_high), np.hypot(high, other_low)  # Newcombe 1998, method 10
+        compared.interval = (compared.gain - float(below), compared.gain + float(above))
     return compared
 
 
@@ -281,12 +282,18 @@ def comparisons(rows: Sequence[Row], baseline: Row | None, best: Row | None) -> 
     """
     counted = [(row, len(differing(row, baseline))) for row in rows if row.accuracies("test")] if baseline else []
     chosen = best if len(rows) <= FEW else None
-    found = [compare(row, other) for row, changes in counted if row is not baseline for other, fewer in counted
-             if row is not other and (other is baseline or row is chosen or (other is not chosen and 0 < fewer < changes
-                                                                             and len(differing(row, other)) == 1))]  # fmt: skip
-    tested, stands = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None), True
+
+    def worth(row: Row, changes: int, other: Row, fewer: int) -> bool:
+        one_more_change = 0 < fewer < changes and len(differing(row, other)) == 1
+        return other is baseline or row is chosen or (other is not chosen and one_more_change)
+
+    found = [compare(row, other) for row, changes in counted if row is not baseline
+             for other, fewer in counted if row is not other and worth(row, changes, other, fewer)]  # fmt: skip
+    tested = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None)
     for rank, (p, i) in enumerate(tested):
-        found[i].stands = stands = stands and p * (len(tested) - rank) < 0.05
+        if p * (len(tested) - rank) >= 0.05:
+            break  # nor does any less sure one stand
+        found[i].stands = True
     return sorted(found, key=lambda each: (each.other is not baseline, -each.gain))
 
 

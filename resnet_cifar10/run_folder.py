@@ -100,6 +100,11 @@ def save_best(folder: Path, checkpoint: Checkpoint) -> None:
     write_tensors(folder / BEST, checkpoint.part("best"), {"epoch": checkpoint.state["best_epoch"]})
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Say whether a run has ended an epoch."""
+    return (folder / LAST).exists() or (folder / PREVIOUS).exists()
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the newest checkpoint; the one before it is kept."""
     if (folder / LAST).exists():

@@ -32,9 +32,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import printable
 from .explain import activation, heat_map
 from .infer import Classifier
-from .names import printable
 from .photo import encoded, read_photo, views
 
 UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive

@@ -27,7 +27,7 @@ from .export import finish
 from .files import read_json, write_json
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
-from .run_folder import check_room, locked, resume, save, save_best
+from .run_folder import check_room, has_checkpoint, locked, resume, save, save_best
 from .settings import Setting, validated
 from .signals import signals
 from .sources import load
@@ -64,7 +64,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         for number, task in enumerate(runs, 1):
             # looked up anew each time: another command may have done some; the file system of another host may be late
             todo = from_first([other for other in runs[number - 1 :] if not (other[2] / "result.json").exists()])
-            (setting, seed, folder), is_done = task, task not in todo
+            setting, seed, folder = task
+            is_done = task not in todo
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
             if not is_done:
@@ -123,7 +124,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     try:
-        start = _first_weights(setting, seed, training, read) if setting.start_from else None
+        begins = setting.start_from and not has_checkpoint(folder)  # which has gone on from those weights
+        start = _first_weights(setting, seed, training, read) if begins else None
         teacher = _teacher(setting, seed, training, read) if setting.teacher else None
     except ValueError as error:  # the run that should have made it has failed
         raise JobFailed(str(error)) from None
@@ -364,7 +366,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
     """
     claims, earlier = [], set[Path]()
     for setting, seed, folder in runs:
-        claims.append((folder, _claim(setting, seed, folder, read, framework, earlier)))
+        claims.append((folder, _content(setting, seed, folder, read, framework, earlier)))
         if in_order and not (folder / "result.json").exists():
             earlier.add(folder.resolve())
     for folder, content in claims:
@@ -375,28 +377,29 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
         _check_claim(folder, content)  # another process may have been quicker
 
 
-def _claim(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: set[Path]) -> dict[str, Any]:
+def _content(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: set[Path]) -> dict[str, Any]:
     """Say what the folder is to hold, and make sure that it is free or holds this very run."""
     training, validation = split_data(setting, seed, read)
     digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-    claim = {"setting": setting.model_dump(), "seed": seed, "framework": framework, **digests}
+    content = {"setting": setting.model_dump(), "seed": seed, "framework": framework, **digests}
     if (folder / "setting.json").exists():
-        _check_claim(folder, claim)
+        _check_claim(folder, content)
     elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-        for name, check in ((setting.start_from, _first_weights), (setting.teacher, _teacher)):
+        start_from = None if has_checkpoint(folder) else setting.start_from
+        for name, check in ((start_from, _first_weights), (setting.teacher, _teacher)):
             if name and not {Path(name).resolve(), Path(name).resolve().parent} & earlier:
                 check(setting, seed, training, read)
-    return claim
+    return content
 
 
-def _check_claim(folder: Path, claim: dict[str, Any]) -> None:
+def _check_claim(folder: Path, content: dict[str, Any]) -> None:
     """Make sure that the folder holds this very run."""
     found = read_json(folder / "setting.json", ["setting"])
     then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
-    before, now = then.model_dump() | found, claim["setting"] | claim
+    before, now = then.model_dump() | found, content["setting"] | content
     if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
                   else f"{key} was {before.get(key)!r}, is {now[key]!r}"
                   for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip

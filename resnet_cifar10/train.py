@@ -112,14 +112,16 @@ class Learner:
             teacher: The network that setting.teacher names, and its config.json.
 
         """
-        self.device, (self.mean, self.std) = device, mean_and_std(training.images)
+        self.device = device
+        self.mean, self.std = mean_and_std(training.images)
         if device == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
         dtype = torch.float64 if precision == "float64" else torch.float32
         model = initial_network(setting, seed, len(training.classes), first_weights)
         self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer, self.setting = make_optimizer(setting, model), setting
+        self.optimizer = make_optimizer(setting, model)
+        self.setting = setting
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         if teacher:
             teaching = teacher[0].to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -53,6 +53,23 @@ def test_folder_archive_and_parquet_give_the_same_pixels(source, request):
     assert "CIFAR-10" in train.source and "JPEG" not in train.source
 
 
+def test_parquet_files_as_the_hub_converts_them_are_told_by_their_folders(tmp_path, png_parquet):
+    converted = tmp_path / "converted"
+    for part in ("train", "test"):
+        (converted / "plain_text" / part).mkdir(parents=True)
+        for number, file in enumerate(sorted(png_parquet.rglob(f"{part}-*.parquet"))):
+            shutil.copy(file, converted / "plain_text" / part / f"{number:04}.parquet")
+    assert_holds(load(converted, "train"), *TRAIN)
+    assert_holds(load(converted, "test"), *TEST)
+
+
+def test_parquet_files_that_name_no_split_are_refused(tmp_path, png_parquet):
+    (tmp_path / "own").mkdir()
+    shutil.copy(next(png_parquet.rglob("test-*.parquet")), tmp_path / "own" / "pictures.parquet")
+    with pytest.raises(ValueError, match=r"pictures\.parquet: .* allowed: train, validation, test"):
+        load(tmp_path / "own", "train")
+
+
 def test_equal_data_have_equal_checksums(cifar_folder, png_parquet):
     one, other = load(cifar_folder, "train"), load(png_parquet, "train")
     assert one.sha256 == other.sha256

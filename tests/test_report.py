@@ -235,11 +235,11 @@ def test_comparisons_name_the_differing_keys_and_what_the_seeds_can_tell(out: Pa
     p, low, high = found
     assert low < high < 0
     interval = f"−{-low:.2f} to −{-high:.2f}"
-    # by hand: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.4 * 7.6 / 10,000) = 0.71
+    # by hand, with one seed of each: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.1 * 7.9 / 10,000) = 0.72
     assert comparisons(text) == {
         ("Setting #1", "Setting #2"): ["lr decay none instead of step and patience 3 instead of none", "−2.20", interval,
                                        f"{p:.2g}", "yes"],
-        ("Setting #3", "Setting #2"): ["model resnet20 instead of resnet32", "+1.10", "+0.39 to +1.81", "–",
+        ("Setting #3", "Setting #2"): ["model resnet20 instead of resnet32", "+1.10", "+0.38 to +1.82", "–",
                                        "one seed of Setting #3"],
     }  # fmt: skip
     in_page = _Tables((out / "report.html").read_text()).tables[1]
@@ -553,7 +553,17 @@ def test_equal_results_are_no_difference(tmp_path: Path) -> None:
     (found,) = comparisons(text).values()
     assert "highest test accuracy" not in text and signed(-1e-9) == "+0.00"
     assert "best by validation" in text and "The best setting: Setting #2" in text
-    assert found[1:3] == ["+0.00", "−0.83 to +0.83"]  # by hand: 1.96 * sqrt(2 * 90 * 10 / 10,000) = 0.83
+    assert found[1:3] == ["+0.00", "−0.83 to +0.83"]  # about 1.96 * sqrt(2 * 90 * 10 / 10,000) = 0.83
+
+
+def test_all_of_a_few_images_right_is_no_certainty(tmp_path: Path) -> None:
+    """By hand (Newcombe 1998, method 10): of 20 of 20 the interval begins at 20 / (20 + 1.96²) = 83.89 %."""
+    for setting in (ONE, TWO):
+        folder = write_run(tmp_path / "study", setting, 0, 100.0)
+        result = json.loads((folder / "result.json").read_text())
+        write_json(folder / "result.json", result | {"test": split_metrics(100.0, 20)})
+    (found,) = comparisons(report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()).values()
+    assert found[1:3] == ["+0.00", "−16.11 to +16.11"]
 
 
 def test_of_equal_ones_none_is_the_best(tmp_path: Path) -> None:

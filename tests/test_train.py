@@ -173,6 +173,21 @@ def test_a_network_that_has_learned_from_images_in_another_form_is_not_validated
     train_run(row, 0, lambda part: copy if part == "train" else None, tmp_path / "the same", "cpu")
 
 
+def test_a_run_goes_on_without_the_model_that_it_started_from(tmp_path: Path, undisturbed: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(undisturbed / "model", model)
+    file, out = table(tmp_path), tmp_path / "runs"
+    file.write_text(file.read_text() + f'start_from = "{model}"\n')
+    run("train", file, "--data", "digits", "--out", out)
+    folder, whole = out / "small" / "seed-0", tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    (folder / "result.json").unlink()
+    (folder / "previous.safetensors").replace(folder / "last.safetensors")
+    shutil.rmtree(model)
+    assert "goes on after epoch 2" in run("train", file, "--data", "digits", "--out", out).out
+    assert contents(folder) == contents(whole)
+
+
 def test_a_setting_can_start_from_a_run_that_the_same_table_trains_before_it(tmp_path: Path) -> None:
     first = tmp_path / "runs" / "small" / "seed-0"
     file = table(tmp_path, epochs=1)
