@@ -185,7 +185,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Where report.html, report.md and the plots go.")],
     photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify; repeatable.", metavar="PHOTO")] = None,
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
-    words: Annotated[Path | None, typer.Option(help="A Markdown file of interpretation, shown under 'Why'.")] = None,
+    words: Annotated[Path | None, typer.Option(help="A Markdown file for 'Why'; '# ...' above it is the title.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The setting that the others are compared with.")] = None,
     goal: Annotated[float | None, typer.Option(min=0, max=100, help="The test accuracy in percent that was asked for.")] = None,
     archive: Annotated[Path | None, typer.Option("--zip", help="Pack code and report, such as StudentID_Name.zip.")] = None,

@@ -131,11 +131,11 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
             text += f" At least {goal:g} % were asked for: reached by {there}."
         others = [row for row in tested if row is not best]
         if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
-            text += f" Each tested by itself, the seeds cannot tell it from {join(alike, 'or')}."
+            text += f" The seeds show no difference in test accuracy from {join(alike, 'or')} (each compared by itself)."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
-            each, them = (" each", "them") if len(single) > 1 else ("", "it")
-            text += f" With one seed{each} of {join(single)}, distances from {them} are those of single runs."
+            once, them = ("were run once each", "them") if len(single) > 1 else ("was run once", "it")
+            text += f" {join(single)} {once}: with another seed the distances from {them} may differ."
     return text + last
 
 
@@ -144,7 +144,8 @@ def comparison_cells(compared: Comparison) -> list[str]:
     row, other, p = compared.row, compared.other, compared.p
     values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in differing(row, other)]
     values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
-    changes = join([f"{key} {' instead of '.join(v if isinstance(v, str) else str(v).lower() for v in both)}"
+    changes = join([key if len(values) > 3 else  # the legend has the values
+                    f"{key} {' instead of '.join(v if isinstance(v, str) else str(v).lower() for v in both)}"
                     for key, *both in values])  # fmt: skip
     interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
     shown = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
@@ -167,9 +168,10 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         many, augmented = len(gaps) > FEW, [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         those = "" if all(augmented) else " where a setting has augmentation"
-        changed = f", on augmented images{those}: as they are, more of them are classified correctly" * any(augmented)
-        found.append(("Overfitting", f"Training against validation accuracy at the kept epoch{', least and most' * many}: "
-                      f"{shown}. Training accuracy is counted during the epoch{changed}."))  # fmt: skip
+        changed = f", on augmented images{those}; on the same images unaltered it is higher, and so is the gap" * any(augmented)
+        found.append(("Overfitting", "A network usually does better on the images that it has learned from. Training against "
+                      f"validation accuracy at the kept epoch{', least and most' * many}: {shown}. Training accuracy is "
+                      f"counted during the epoch, while the network still learns{changed}."))  # fmt: skip
     return found
 
 
@@ -178,7 +180,7 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     single, epochs = [row.name for row in rows if len(row.done) == 1], [row.setting.epochs for row in rows]
     several, said = [len(row.done) for row in rows if len(row.done) > 1], []
     if single:
-        of = f"of {join(single)}" if several else "a setting"
+        of = f"{'each ' * (len(single) > 1)}of {join(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
     if any(each.p is not None for each in compared):
         said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
@@ -195,13 +197,15 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
              f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
     unfinished = "; of an unfinished setting it is the last of the curve" * any(not row.done for row in rows)
-    enlarged = " Enlarged, thick lines are means over a twentieth of the run." * any(row.done for row in rows)
+    smoothed = any(row.done and row.curves("lr").shape[1] >= 40 for row in rows)  # in fewer, a twentieth is one epoch
+    enlarged = (" In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
+                "slope that begins before it; thin lines are single epochs.") * smoothed  # fmt: skip
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
         "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
                     f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
-        "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its precision.",
+        "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its number format.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
                   "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
                   f"weights{unfinished}.",
@@ -209,10 +213,10 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
         "comparisons": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
                        "Welch's t test, and the last column says whether the seeds tell the two apart: yes, also when all "
                        "comparisons of this table are tested at once (Holm's correction, 5 %); by itself only: of twenty such "
-                       "tests of equal settings one is expected to say so; or no. With one seed on a side the interval is of "
-                       "the choice of test images alone, as if each setting had images of its own, which makes it too wide; "
-                       "how far another seed would end is not known. Where several things differ, a comparison does not tell "
-                       "which of them did it.",
+                       "tests of equal settings one is expected to say so; or no. With one seed on a side the interval "
+                       "covers only which images happen to be in the test set. For these very networks it is wider than need "
+                       "be, as both saw the same images; for the settings it may be too narrow, as the chance of the seed is "
+                       "not in it. Where several things differ, a comparison does not tell which of them did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
                    "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
                    f"straight slope is the same factor in every block.{''.join(alike)}",
@@ -223,9 +227,9 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     }  # fmt: skip
     if baseline:
         told["differences"] = (
-            f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled: the seeds tell "
-            "the two apart, also when all comparisons are tested at once; hollow: by itself only; grey: they cannot. The axis "
-            "is logarithmic beyond 2 points."
+            f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled blue: the seeds "
+            "tell the two apart, also when all comparisons are tested at once; hollow: by itself only; grey: they cannot. "
+            "The axis is logarithmic beyond 2 points."
         )
     return told
 

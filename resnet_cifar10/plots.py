@@ -110,7 +110,7 @@ def _log_scale(axes: Any, digits: Sequence[int]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=digits))
+    axes.yaxis.set_major_locator(LogLocator(subs=digits, numticks=99))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -150,12 +150,13 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             ends.append((curves.shape[1], float(mean[-1]), text, line))
         if enlarged:
             axes.set(xlim=(min(starts), None), ylim=(bottom, max(curves.max() for _, curves, *_ in told) + 0.5))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
 
     alt = f"Validation accuracy by epoch, {title}: {join([f'{text} %' for *_, text in told])}"
-    return draw("all-settings-top" if enlarged else "all-settings", alt, (4.6, 3.1), paint)
+    return draw("all-settings-top" if enlarged else "all-settings", alt, (5.4, 3.3), paint)
 
 
 def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
@@ -203,7 +204,8 @@ def plot_one(row: Row) -> Picture:
         if row.setting.lr_decay == "step":
             _log_scale(below, (1,))
         else:
-            below.set_ylim(0)
+            below.set(ylim=(0, None), yticks=(0, row.setting.lr))
+            below.yaxis.set_major_formatter("{x:g}")
 
     alt = f"{row.name}: accuracy and loss in training and validation by epoch, the learning rate below"
     return draw(f"{row.number + 1}-{slug(row.name)}", alt, (3.7, 3.6), paint)

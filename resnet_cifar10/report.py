@@ -55,10 +55,11 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
     text = (
-        f"Confidence and accuracy are {m['calibration_error']:.1f} points apart on average (expected calibration error) "
-        f"and the log-loss is {m['negative_log_likelihood']:.3f}"
+        f"On average the stated confidence is {m['calibration_error']:.1f} points from the share that is right (expected "
+        f"calibration error), and the log-loss is {m['negative_log_likelihood']:.3f}"
     )
-    text += (f"; dividing the logits by the temperature {m['temperature']:.2f}, found on validation images, brings that to "
+    text += (f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
+             "validation images, brings that to "
              f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
              if run.result["validation"] else ".")  # fmt: skip
     which = ", the one with the best validation accuracy" * (len(best.done) > 1 and run.result["validation"] is not None)
@@ -75,7 +76,7 @@ def _mean(row: Row, split: str, name: str, what: str) -> float:
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
     """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times and with its classes."""
-    width, height = 120, 136
+    width, height = 120, 150
     sheet = Image.new("RGB", (6 * width, math.ceil(len(mistakes) / 6) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for i, mistake in enumerate(mistakes):
@@ -83,7 +84,7 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
             sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), place)
         percent = f"{100 * mistake['probability']:.1f}".replace("100.0", "> 99.9")
-        text = f"{mistake['label']}, taken for\n{mistake['predicted']}, {percent} %"
+        text = f"{mistake['label']}\ntaken for {mistake['predicted']}\n{percent} %"
         pen.text((place[0], place[1] + 98), text, INK, font)
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
     return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
@@ -111,7 +112,7 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
     note = (
         f"Classified by {by}, of {len(classifier.classes)} classes, trained on {classifier.config['data']}. "
         "“None of these”: its likeness to the classes, less a penalty for textures richer than usual, is below the model's "
-        "threshold."
+        "threshold, whatever the percentages say."
     )
     return cards, note
 
@@ -134,9 +135,9 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
            words: Path | None = None, baseline_name: str | None = None, goal: float | None = None) -> Path:  # fmt: skip
     """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
-    The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation; the
-    others are compared with the setting `baseline_name`, or else with the one from which they differ least; `goal` is the test
-    accuracy in percent that was asked for.
+    The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation, a "# ..."
+    above which is the title; the others are compared with the setting `baseline_name`, or else with the one from which they
+    differ least; `goal` is the test accuracy in percent that was asked for.
 
     Returns:
         The path of report.html.
@@ -148,10 +149,13 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     """
     check_writable(out / "plots")
     rows = read_rows(folders)
+    data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     try:
         text_of_words = words.read_text() if words else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
+    heading = re.match(r"# (.+)\n", text_of_words)
+    title, text_of_words = (heading[1], text_of_words[heading.end() :]) if heading else (f"Results on {data}", text_of_words)
     finished = {row.name: row for row in rows if row.done}
     if baseline_name and baseline_name not in finished:
         allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
@@ -173,7 +177,6 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         overview = [plots.plot_all(validated, enlarged=False)]
         overview += [plots.plot_all(top, enlarged=True)] if (top := top_of(validated)) else []
     alone = [] if many else [(row, plots.plot_one(row)) for row in started]
-    data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
@@ -181,7 +184,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
                           ("--goal", goal and f"{goal:g}")):  # fmt: skip
         options += [option, str(value)] if value else []
     content: dict[str, Any] = {
-        "data": data, "answer": findings.answer(rows, best, data, goal), "best_row": best_row, "best": section,
+        "title": title, "data": data, "answer": findings.answer(rows, best, data, goal), "best_row": best_row, "best": section,
         "columns": findings.COLUMNS, "rows": [(row, findings.cells(row)) for row in rows],
         "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
         "machine": findings.merged(rows, findings.provenance), "overview": overview, "many": many, "plots": alone,

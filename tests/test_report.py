@@ -215,10 +215,14 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     text = (out / "report.md").read_text()
     assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
             "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
-            "With one seed of Setting #3, distances from it are those of single runs.") in text  # fmt: skip
+            "Setting #3 was run once: with another seed the distances from it may differ.") in text  # fmt: skip
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
-    assert "are 4.2 points apart" in text and "temperature 1.50" in text and "brings that to 0.7 points" in text
+    assert (
+        "is 4.2 points from the share that is right" in text
+        and "temperature 1.50" in text
+        and "brings that to 0.7 points" in text
+    )
 
 
 def comparisons(text: str) -> dict[tuple[str, str], list[str]]:
@@ -274,12 +278,13 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     for setting, values in ((ONE, (90.0, 90.2, 90.4)), (change, (88.0, 88.3, 88.2))):
         for seed, value in enumerate(values):
             write_run(tmp_path / "study", setting, seed, value)
-    (tmp_path / "words.md").write_text("Large steps *overshoot*. <script>alert(1)</script>")
+    (tmp_path / "words.md").write_text("# Steps & their <size>\n\nLarge steps *overshoot*. <script>alert(1)</script>")
     page = report([tmp_path / "study"], tmp_path / "out", words=tmp_path / "words.md").read_text()
     text = (tmp_path / "out" / "report.md").read_text()
     assert "in points: Wide steps −2.03 (−2.4" in page and "plots/differences.png" in text
     assert "<em>overshoot</em>" in page and "<script>alert" not in page
     assert "*overshoot*" in text and "--words" in text
+    assert "<h1>Steps &amp; their &lt;size&gt;</h1>" in page and text.startswith("# Steps \\& their \\<size\\>\n")
     assert "3 seeds a setting" in text
 
 
@@ -304,6 +309,9 @@ def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
     assert len(re.findall(r"^\| (Best|Short|Setting #3) \| (Best|Short|Setting #[23]) \|", text, re.MULTILINE)) == 5
     assert list(comparisons(text)) == [("Best", "Setting #2"), ("Setting #3", "Setting #2"), ("Short", "Setting #2"),
                                        ("Best", "Short"), ("Best", "Setting #3")]  # fmt: skip
+    three = "optimizer adam instead of sgd, lr 0.01 instead of 0.1 and epochs 3 instead of 6"
+    assert comparisons(text)["Best", "Setting #2"][0] == three
+    assert comparisons(text)["Short", "Setting #2"][0] == "model, optimizer, lr and epochs"
 
 
 def test_the_baseline_can_be_named(tmp_path: Path) -> None:
@@ -582,7 +590,7 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
         for seed, value in enumerate(values):
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "Each tested by itself, the seeds cannot tell it from Setting #1." in text
+    assert "The seeds show no difference in test accuracy from Setting #1 (each compared by itself)." in text
     assert "Its run with seed 1, the one with the best validation accuracy, on the 10,000 test images." in text
 
 
