@@ -169,7 +169,8 @@ def _standard_input() -> BytesIO:
 def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
-        path, inside = Path(argument), [argument]
+        path = Path(argument)
+        inside = [argument]
         if path.is_dir():  # a broken link is told, a pipe would be waited for
             inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
                             and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip

@@ -74,7 +74,9 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
               flush=True)  # fmt: skip
         task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)
         tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
-        failed, console, said = 0, Console(), 0.0
+        failed = 0
+        console = Console()
+        said = 0.0
         with Live(console=console, transient=True, auto_refresh=False) as live:
             while tasks and not received:
                 ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
@@ -106,7 +108,8 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     paces, epochs_left = [], []
     for setting, seed, folder in runs:
         lock, metrics = folder / ".lock", folder / "metrics.csv"
-        where, rows = lock.read_text() if lock.exists() else "", []
+        where = lock.read_text() if lock.exists() else ""
+        rows = []
         with suppress(ValueError):  # a damaged file ends that run, not the others
             rows = read_metrics(folder) if metrics.exists() else []
         epochs_left.append(setting.epochs - len(rows))

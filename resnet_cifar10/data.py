@@ -136,7 +136,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         if "cutout" in parts:
             in_rows, in_columns = ((2 * (span - hole[i]) + 1).abs() < CUTOUT_SIZE for hole in (hole_y, hole_x))
             erased |= in_rows[:, :, None] & in_columns[:, None, :]
-        images, targets = torch.where(erased[..., None], fill, images), one_hot[split.labels[i]]
+        images = torch.where(erased[..., None], fill, images)
+        targets = one_hot[split.labels[i]]
         if "photo" in parts:
             half = images[::2]
             noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=rng)[rank::processes].to(device)

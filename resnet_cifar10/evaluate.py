@@ -21,7 +21,8 @@ ECE_BINS = 15  # Guo et al. 2017, section 2
 def predict(model: Forward, images: Tensor, mean: list[float], std: list[float],
             batch_size: int = 250, title: str = "") -> Tensor:  # fmt: skip
     """Map images uint8 [N, 32, 32, 3] to what the model gives, as float32 [N, ...] on their device; a title shows progress."""
-    logits, parts = [], torch.split(images, batch_size)
+    logits = []
+    parts = torch.split(images, batch_size)
     for batch in progress(parts, title) if title else parts:
         x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice

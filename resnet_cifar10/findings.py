@@ -165,7 +165,8 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
         gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({signed(train - seen, 1)} points)"))
     if gaps:
-        many, augmented = len(gaps) > FEW, [row.setting.augmentation != "none" for row in validated]
+        many = len(gaps) > FEW
+        augmented = [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         those = "" if all(augmented) else " where a setting has augmentation"
         changed = f", on augmented images{those}; on the same images unaltered it is higher, and so is the gap" * any(augmented)
@@ -177,8 +178,10 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
 
 def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> list[str]:
     """Say what these runs cannot show."""
-    single, epochs = [row.name for row in rows if len(row.done) == 1], [row.setting.epochs for row in rows]
-    several, said = [len(row.done) for row in rows if len(row.done) > 1], []
+    single = [row.name for row in rows if len(row.done) == 1]
+    several = [len(row.done) for row in rows if len(row.done) > 1]
+    epochs = [row.setting.epochs for row in rows]
+    said = []
     if single:
         of = f"{'each ' * (len(single) > 1)}of {join(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
@@ -242,7 +245,8 @@ def provenance(row: Row) -> dict[str, str]:
         texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
         return " or ".join(dict.fromkeys(texts)) or "no epoch finished"
 
-    processes, parts = seen("world_size"), {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
+    processes = seen("world_size")
+    parts = {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
     statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
     nothing = "none" if row.done else "none yet"
     marked = [f"seed {run.seed}, {why}" for run in row.runs if (why := run.environment.get("not_bit_exact"))]

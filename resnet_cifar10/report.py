@@ -100,7 +100,8 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
         model, by = best_run(best).folder, best.name
     else:
         raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
-    cards, classifier = [], Classifier(model)
+    cards = []
+    classifier = Classifier(model)
     for number, file in enumerate(photos, 1):
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
@@ -155,12 +156,14 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
     heading = re.match(r"# (.+)\n", text_of_words)
-    title, text_of_words = (heading[1], text_of_words[heading.end() :]) if heading else (f"Results on {data}", text_of_words)
+    title = heading[1] if heading else f"Results on {data}"
+    text_of_words = text_of_words[heading.end() :] if heading else text_of_words
     finished = {row.name: row for row in rows if row.done}
     if baseline_name and baseline_name not in finished:
         allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
-    best, baseline = best_of(rows), finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
+    best = best_of(rows)
+    baseline = finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
     best_row = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
