@@ -255,7 +255,7 @@ def _test_images(data: str) -> Split:
 
     test = load(data, "test", os.cpu_count() or 1)
     if test is None:
-        raise ValueError(f"{data}: has no test split")
+        raise ValueError(f"{data}: has no test split; allowed: data with one, such as a folder with test/<class>/*")
     return test
 
 
@@ -299,6 +299,7 @@ def main() -> None:
             _fail(message + "".join(f"; found {value}" for value in found if value not in message), 2)
         if isinstance(error, ValueError | OSError | JobFailed):
             impossible = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.EACCES)  # a path from outside
-            _fail(error, 2 if isinstance(error, ValueError) or impossible else 1)
+            plain = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            _fail(plain, 2 if isinstance(error, ValueError) or impossible else 1)
         raise
     sys.exit(status if isinstance(status, int) else 0)

@@ -13,6 +13,13 @@ TILE, GAP, MARGIN, LINE, COLUMNS = 180, 6, 24, 24, 3  # pixels, and photos in a 
 WIDTH = 2 * TILE + GAP  # of a photo and, to the right of it, where the network looked
 
 
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)  # which most systems have
+    except OSError:
+        return ImageFont.load_default(size)  # English letters
+
+
 def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -> Image.Image:
     """Draw the grid of photos, each with its heat map, label, name and the bars of its three highest probabilities."""
     columns = min(COLUMNS, len(photos))
@@ -20,7 +27,7 @@ def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -
     cell_height = TILE + 6 * LINE + MARGIN
     canvas = Image.new("RGB", (columns * (WIDTH + MARGIN) + MARGIN, rows * cell_height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
-    bold, small = ImageFont.load_default(18), ImageFont.load_default(14)
+    bold, small = _font(18), _font(14)
     for i, (name, photo, heat, prediction) in enumerate(photos):
         x, y = MARGIN + i % columns * (WIDTH + MARGIN), MARGIN + i // columns * cell_height
         for place, picture in enumerate((photo, heat)):

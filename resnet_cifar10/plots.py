@@ -6,12 +6,13 @@ import base64
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
 from .photo import encoded
 from .results import Comparison, Row, join, signed
@@ -50,7 +51,8 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
         "ytick.labelcolor": MUTED, "lines.linewidth": 1.4,
     }  # fmt: skip
     png, svg = io.BytesIO(), io.StringIO()
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a letter that the PNG cannot show; the page can
         figure = Figure(size, layout="constrained")
         paint(figure)
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
@@ -62,6 +64,13 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
         body = body.replace(colour, f"var(--{shade})")
     box = opening.split('viewBox="')[1].split('"')[0]
     return Picture(f"plots/{name}.png", alt, png.getvalue(), f'<svg viewBox="{box}" aria-hidden="true">{body}')
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font, which has the letters of most alphabets, in pixels."""
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
 def raster(file: str, alt: str, image: Image.Image) -> Picture:

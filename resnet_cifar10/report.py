@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from markdown_it import MarkdownIt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from . import findings, plots
 from .errors import printable
@@ -78,7 +78,7 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
     """Lay the images of mistakes (PNG, base64) side by side, six in a row, each enlarged three times and with its classes."""
     width, height = 120, 150
     sheet = Image.new("RGB", (6 * width, math.ceil(len(mistakes) / 6) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(sheet), plots.font(10)
     for i, mistake in enumerate(mistakes):
         place = (i % 6 * width, i // 6 * height)
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:

@@ -261,7 +261,7 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
         differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
         raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")
     files = [(file, label) for label, name in enumerate(classes) for file in sorted((path / split / name).iterdir())
-             if file.name[0] != "."]  # fmt: skip
+             if file.name[0] != "." and file.name not in ("Thumbs.db", "desktop.ini")]  # fmt: skip
     if empty := set(range(len(classes))) - {label for _, label in files}:
         raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
     if others := [file for file, _ in files if not file.is_file()]:  # a pipe would be waited for

@@ -369,6 +369,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
         claims.append((folder, _content(setting, seed, folder, read, framework, earlier)))
         if in_order and not (folder / "result.json").exists():
             earlier.add(folder.resolve())
+    read("test")  # what is wrong with it is found now, not after hours
     for folder, content in claims:
         if not (folder / "setting.json").exists():
             with locked(folder):

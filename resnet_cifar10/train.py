@@ -29,7 +29,7 @@ class Checkpoint(NamedTuple):
     """Everything that training changes, so that a resumed run equals an uninterrupted one."""
 
     tensors: Tensors  # "model.*", "best.*" (the weights of the best epoch so far) and "optimizer.*"
-    state: dict[str, Any]  # "epoch", "best_epoch", "best_accuracy"
+    state: dict[str, Any]  # "epoch", "best_epoch", "best_accuracy", "best_loss"
     where: str = "checkpoint"  # its file, for messages
 
     @classmethod
@@ -218,7 +218,8 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
         setting: The row of the table.
         seed: Of the order of the images and their augmentation.
         training: The images to learn from.
-        validation: The held-out images that choose the best epoch; may be empty, then the last epoch is the best.
+        validation: The held-out images whose accuracy chooses the best epoch, or their loss where that is equal; may be
+            empty, then the last epoch is the best.
         checkpoint: Of the epoch after which to go on.
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
 
@@ -234,7 +235,7 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = math.ceil(len(training) / setting.batch_size)
     last_batch = len(training) - (steps - 1) * setting.batch_size
-    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0}
+    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0, "best_loss": math.inf}
     best: Tensors = {}
     if checkpoint:
         if missing := state.keys() - checkpoint.state.keys():
@@ -267,6 +268,7 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
         trained = time.perf_counter()
 
         validation_loss = validation_accuracy = None
+        better = True
         if len(validation):
             part = learner.logits(validation_images)
             logits = part.new_zeros(len(validation), part.shape[1])
@@ -275,9 +277,10 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
                 dist.all_reduce(logits)
             validation_loss = negative_log_likelihood(logits.cpu(), validation.labels)
             validation_accuracy = accuracy(logits.cpu(), validation.labels)
+            better = (validation_accuracy, -validation_loss) > (state["best_accuracy"], -state["best_loss"])
         state["epoch"] = epoch
-        if validation_accuracy is None or validation_accuracy > state["best_accuracy"]:
-            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy}
+        if better:
+            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy, "best_loss": validation_loss}
             best = {key: tensor.clone() for key, tensor in learner.tensors()["model"].items()}
         metrics = {
             "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,

@@ -148,7 +148,9 @@ def test_class_folders_without_validation_or_test(class_folders):
 
 def test_hidden_files_and_folders_are_neither_images_nor_classes(class_folders):
     (class_folders / "train" / ".checkpoints").mkdir()
-    (class_folders / "train" / "red" / ".DS_Store").write_bytes(b"not an image")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):  # of the systems' file managers
+        (class_folders / "train" / "red" / name).write_bytes(b"not an image")
+    assert len(load(class_folders, "train")) == 18
     assert load(class_folders, "train").classes == ("blue", "green", "red")
 
 

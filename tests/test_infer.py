@@ -265,7 +265,7 @@ def test_a_picture_of_too_many_scans_is_refused(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
     ("empty.jpg", b"", "empty; allowed: JPEG"), ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
-    ("missing.jpg", None, "No such file"), ("x" * 300, None, "too long"), ("folder.png/", None, "holds no photo"),
+    ("missing.jpg", None, "No such file"), ("x" * 300, None, "xx: File name too long"), ("folder.png/", None, "holds no photo"),
     ("truncated.png", saved(Image.effect_noise((99, 99), 50), "PNG").getvalue()[:900], "truncated"),
     ("truncated.jpg", saved(Image.effect_noise((99, 99), 50), "JPEG").getvalue()[:900], "truncated"),
     ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", ""), ("loop.jpg", Path("loop.jpg"), "symbolic links"),

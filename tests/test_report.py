@@ -721,3 +721,11 @@ def test_seeds_of_one_name_that_a_changed_table_trained_are_told_apart(tmp_path:
         write_run(tmp_path / "study", ONE.model_copy(update={"lr": lr}), seed, 89.0 + seed)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "**Setting #1 (setting-1, seed 0)**" in text and "**Setting #1 (setting-1, seed 1 and 2)**" in text
+
+
+@pytest.mark.usefixtures("drawn")
+def test_letters_of_other_alphabets_are_drawn_where_the_font_has_them_and_else_nothing_is_said() -> None:
+    missing, *shown = (bytes(plots.font(20).getmask(letter)) for letter in "\u0378éüßжλ")
+    assert missing not in shown
+    metrics = {"per_class": {"猫": 0, "\U0001f53a": 0}, "confusion": [[5, 3], [0, 7]], "n": 15}
+    assert "猫" in plots.plot_confusion(metrics, "test").inline

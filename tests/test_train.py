@@ -511,6 +511,35 @@ def test_the_loop_learns_from_the_batches_that_setting_seed_and_epoch_ask_for() 
     assert [(metrics["train_loss"], metrics["train_accuracy"]) for metrics in rows] == [(2, 50)] * 2
 
 
+def test_of_epochs_with_equal_accuracy_the_one_with_the_lowest_loss_is_kept() -> None:
+    class Sure:
+        """All images of validation rightly named, in each epoch with another confidence."""
+
+        device, mean, epoch = "cpu", (0.2, 0.4, 0.6), 0
+
+        def step(self, images: torch.Tensor, targets: torch.Tensor, lr: float, batch_size: int) -> torch.Tensor:
+            return torch.zeros(2, dtype=torch.float64)
+
+        def logits(self, images: torch.Tensor) -> torch.Tensor:
+            self.epoch += 1
+            return (1.0, 9.0, 5.0, 9.0)[self.epoch - 1] * torch.eye(4)[held.labels]
+
+        def tensors(self) -> dict[str, Any]:
+            return {"model": {"epoch": torch.tensor(self.epoch)}, "optimizer": {}}
+
+    held = images(8)
+    *_, (_, last) = train(Sure(), setting(epochs=4), 0, images(40), held)
+    assert last.state["best_epoch"] == 2 and last.state["best_accuracy"] == 100
+    assert last.part("best")["epoch"] == 2
+
+
+def test_a_fault_in_the_test_images_is_found_before_anything_is_written(tmp_path: Path, class_folders: Path) -> None:
+    (class_folders / "test" / "red" / "notes.jpg").write_text("hello")
+    (tmp_path / "table.toml").write_text('[[setting]]\nname = "Own"\nbatch_size = 6\nepochs = 1\nvalidation_size = 3\n')
+    refused = run("train", tmp_path / "table.toml", "--data", class_folders, "--out", tmp_path / "runs", status=2)
+    assert "notes.jpg: not an image" in refused.err and not (tmp_path / "runs").exists()
+
+
 def test_seeds_differ_in_first_weights_and_held_out_images() -> None:
     first = [initial_network(setting(), seed, 4, None).conv.weight for seed in (0, 1)]
     held = [split_data(setting(), seed, data)[1].images for seed in (0, 1)]
