@@ -119,7 +119,7 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
 
 def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
            device: str) -> dict[str, Any]:  # fmt: skip
-    """Find on validation all that config.json lacks, read the test split, write the model folder.
+    """Find on validation all that config.json lacks, classify the test split, write the model folder.
 
     The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
 

@@ -94,8 +94,8 @@ def meaning(row: Row) -> dict[str, str]:
                              "compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
-        "Accuracy": "percent of the test images, which are read once, at the end, with the kept weights; mean ± sample "
-                    "standard deviation where n, the number of seeds, is above 1",
+        "Accuracy": "percent of the test images, which are classified once, at the end, with the kept weights; mean ± "
+                    "sample standard deviation where n, the number of seeds, is above 1",
     }  # fmt: skip
 
 

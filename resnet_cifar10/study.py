@@ -103,7 +103,7 @@ def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
 
 def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
         framework: str = "pytorch", later: int = 0) -> dict[str, Any]:  # fmt: skip
-    """Train one setting with one seed and write its whole run folder; the test split is read once, here at the end.
+    """Train one setting with one seed and write its whole run folder; the test split is classified once, here at the end.
 
     `later` is what other runs still have to do, in epochs x depth x width; it is told as time.
 
