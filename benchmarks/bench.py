@@ -248,6 +248,7 @@ def main() -> None:
             if "matrix product" in found:
                 add_share_of_peak(found)
             rows += summary(group.title, found)
+        notes.append(f"measured in {(time.perf_counter() - started) / 60:.1f} minutes")
 
     result = {"title": title, "quick": args.quick, "machine": machine, "rows": rows, "not_measured": missing, "notes": notes}
     file = args.out / f"{date.today()}-{slug(machine['processor'])}"
