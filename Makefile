@@ -24,7 +24,7 @@ test: .venv/full  ## Style, types and behaviour; warnings are errors
 torture: .venv/full  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, half an hour
 	$(BIN)/python -m torture --report reports/reliability.md $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))
 
-bench: .venv/ready  ## How fast it is here; DATA=folder measures on CIFAR-10 itself, under ten minutes on two cores
+bench: .venv/ready  ## How fast it is here; DATA=folder measures on CIFAR-10 itself
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and number of images
