@@ -22,6 +22,7 @@ from .muon import Muon
 from .settings import Setting
 from .storage import Tensors, check_tensors
 
+WORST = 1e30  # a loss, which JSON can hold
 Trained = tuple[ResNet, dict[str, Any]]  # a network and the content of its config.json
 
 
@@ -235,7 +236,7 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     steps = math.ceil(len(training) / setting.batch_size)
     last_batch = len(training) - (steps - 1) * setting.batch_size
-    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0, "best_loss": math.inf}
+    state: dict[str, Any] = {"epoch": 0, "best_epoch": 0, "best_accuracy": -1.0, "best_loss": WORST}
     best: Tensors = {}
     if checkpoint:
         if missing := state.keys() - checkpoint.state.keys():
@@ -269,6 +270,7 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
 
         validation_loss = validation_accuracy = None
         better = True
+        loss = WORST
         if len(validation):
             part = learner.logits(validation_images)
             logits = part.new_zeros(len(validation), part.shape[1])
@@ -277,10 +279,11 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
                 dist.all_reduce(logits)
             validation_loss = negative_log_likelihood(logits.cpu(), validation.labels)
             validation_accuracy = accuracy(logits.cpu(), validation.labels)
-            better = (validation_accuracy, -validation_loss) > (state["best_accuracy"], -state["best_loss"])
+            loss = validation_loss if math.isfinite(validation_loss) else WORST
+            better = (validation_accuracy, -loss) > (state["best_accuracy"], -state["best_loss"])
         state["epoch"] = epoch
         if better:
-            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy, "best_loss": validation_loss}
+            state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy, "best_loss": loss}
             best = {key: tensor.clone() for key, tensor in learner.tensors()["model"].items()}
         metrics = {
             "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,

@@ -220,7 +220,7 @@ def mislabelled(part: str) -> Split | None:
 
 def test_a_student_learns_what_its_teacher_says_as_much_as_it_is_told_to(tmp_path: Path) -> None:
     train_run(setting(lr=0.02, epochs=8), 0, data, tmp_path / "teacher")
-    how = {"teacher": str(tmp_path / "teacher"), "validation_size": 0, "lr": 0.02, "epochs": 8}
+    how = {"teacher": str(tmp_path / "teacher"), "validation_size": 0, "lr": 0.02, "epochs": 16, "lr_decay": "linear"}
     for weight in (1.0, 0.01):
         train_run(setting(teacher_weight=weight, **how), 0, mislabelled, tmp_path / f"{weight}")
     imitates, disobeys = (evaluate_model(tmp_path / f"{weight}", images())["accuracy"] for weight in (1.0, 0.01))
