@@ -102,6 +102,8 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         )  # fmt: skip
     assert program is not None
     proto = program.model_proto
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # where in the code each was made, with this machine's folders
     onnx.helper.set_model_props(proto, {"classes": "\n".join(config["classes"])})
     onnx.checker.check_model(proto, full_check=True)
     content = seal(proto.SerializeToString())

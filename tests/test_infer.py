@@ -239,6 +239,8 @@ def test_a_wider_network_is_finished_and_exported_too(tmp_path: Path) -> None:
     train_run(row, 0, lambda part: data if part == "train" else None, tmp_path)
     assert load_model(tmp_path)[1]["architecture"]["width"] == 24
     assert Classifier(tmp_path).classes == list("abcd")
+    for graph in (tmp_path / "model" / "model.onnx", BUILT_IN / "resnet32" / "model.onnx"):
+        assert b"export.py" not in graph.read_bytes()  # the folders of the machine that made it are nobody's concern
 
 
 def test_the_activation_map_averages_to_the_logit(model: Path) -> None:
