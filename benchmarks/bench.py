@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import contenders as c
 import numpy as np
+import skimage
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -79,10 +79,10 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
         ways["PyTorch compiled"] = partial(c.inference, images, singles, c.torch_network, True)
     for name, file in ("ONNX Runtime", c.MODEL / "model.onnx"), ("ONNX Runtime, int8", folder / "int8.onnx"):
         ways[name] = partial(c.inference, images, singles, c.onnx_network, file)
-    Image.fromarray(images[0]).resize((1024, 768)).save(folder / "photo.jpg")
-    infer = ["-m", "resnet_cifar10", "infer", folder / "photo.jpg"]
+    photo = Path(skimage.data_dir) / "rocket.jpg"
+    infer = partial(c.program, [sys.executable, "-m", "resnet_cifar10", "infer", photo])
     programs = {"python -c 'import torch'": partial(c.program, [sys.executable, "-c", "import torch"]),
-                "resnet-cifar10 infer photo.jpg": partial(c.program, [sys.executable, *infer])}  # fmt: skip
+                "resnet-cifar10 infer photo.jpg": infer, "once started": partial(c.photo, photo, singles)}  # fmt: skip
     readers = {"Pillow, one after another": partial(c.loading, data, True), "ours": partial(c.loading, data, False)}
     return [
         Group("start to first training step", 80, 1, starts),

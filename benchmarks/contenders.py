@@ -26,9 +26,10 @@ import resnet_cifar10.train
 from resnet_cifar10 import storage
 from resnet_cifar10.data import Split, batches, hold_out, mean_and_std, normalise
 from resnet_cifar10.evaluate import accuracy
-from resnet_cifar10.infer import BUILT_IN, onnx_runtime, read_config
+from resnet_cifar10.infer import BUILT_IN, Classifier, onnx_runtime, read_config
 from resnet_cifar10.machine import keep_memory
 from resnet_cifar10.model import ResNet
+from resnet_cifar10.photo import read_photo, views
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.study import evaluate_model
 
@@ -233,6 +234,14 @@ def inference(images: Images, singles: int, build: Callable[..., Callable[[Image
         rate = 256 / median(seconds_of(network, images[:256]) for _ in range(3))
         report({"one image, median, ms": float(np.percentile(times, 50)),
                 "one image, 99 of 100, ms": float(np.percentile(times, 99)), "batch of 256, images/s": rate})  # fmt: skip
+
+
+def photo(file: Path, times: int, report: Report) -> None:
+    """Time what `infer` does with a photo, once it has started: read, decode, cut views, classify."""
+    classifier = Classifier(MODEL)
+    while True:
+        seconds = [seconds_of(lambda: classifier.classify(views(read_photo(file)))) for _ in range(times)]
+        report({"a photo of 640 x 427 pixels, median, ms": 1e3 * median(seconds)})
 
 
 def common_evaluation(test: Split, report: Report) -> None:
