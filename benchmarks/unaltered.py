@@ -25,7 +25,7 @@ def main(models: list[str], data: Annotated[str, typer.Option()]) -> None:
         network = network.to(memory_format=torch.channels_last)
         parts = split_data(Setting(**config["setting"]), config["seed"], splits.__getitem__)
         for name, part in zip(("training", "validation"), parts, strict=True):
-            percent = accuracy(predict(network, part.images, config["mean"], config["std"], title=name), part.labels)
+            percent = accuracy(predict(network, part.images, config["mean"], config["std"]), part.labels)
             low, high = wilson_interval(percent, len(part))
             print(f"{model}: {percent:.2f} % of {len(part):,} {name} images of {part.source} ({low:.2f} to {high:.2f})")
 

@@ -63,7 +63,7 @@ def train(
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
-    _need("train", framework, "ray" if ray else "")
+    _need("train", *(["ray"] if ray else []), *(["tensorflow"] if framework == "tensorflow" else []))
     if not ray and (cpus != 1 or gpus is not None):
         raise ValueError("--cpus, --gpus: found without --ray; allowed: together with it")
     if ray and framework != "pytorch":
@@ -86,7 +86,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
-    _need("train", framework)
+    _need("train", *(["tensorflow"] if framework == "tensorflow" else []))
     from .study import evaluate_model
 
     metrics = evaluate_model(model, _test_images(data), framework=framework)
@@ -142,7 +142,7 @@ def infer(
         prediction = classifier.classify(views(image))
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(f"{printable(name)}: {prediction}", flush=True)
+            print(printable(f"{name}: {prediction}"), flush=True)
         if figure or explain:
             from .explain import activation, heat_map
 
@@ -246,7 +246,7 @@ def data(
 
 def _need(*extras: str) -> None:
     for extra in extras:
-        if missing := [package for package in EXTRAS.get(extra, ()) if find_spec(package) is None]:
+        if missing := [package for package in EXTRAS[extra] if find_spec(package) is None]:
             raise ValueError(f"this command needs {', '.join(missing)}: pip install 'resnet-cifar10[{extra}]'")
 
 

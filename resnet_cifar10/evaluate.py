@@ -11,19 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import normalise
-from .progress import progress
 
 Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logits [N, classes]
 ECE_BINS = 15  # Guo et al. 2017, section 2
 
 
 @torch.inference_mode()
-def predict(model: Forward, images: Tensor, mean: list[float], std: list[float],
-            batch_size: int = 250, title: str = "") -> Tensor:  # fmt: skip
-    """Map images uint8 [N, 32, 32, 3] to what the model gives, as float32 [N, ...] on their device; a title shows progress."""
+def predict(model: Forward, images: Tensor, mean: list[float], std: list[float], batch_size: int = 250) -> Tensor:
+    """Map images uint8 [N, 32, 32, 3] to what the model gives, as float32 [N, ...] on their device."""
     logits = []
-    parts = torch.split(images, batch_size)
-    for batch in progress(parts, title) if title else parts:
+    for batch in torch.split(images, batch_size):
         x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
         logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,10 @@ AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop
 
 
 def span(numbers: Iterable[float], form: str = ",") -> str:
-    """Write the first and the last: "158–171", or "158" where all are the same."""
+    """Write the least and the greatest: "158–171", or "158" where they read the same; "" of none."""
     values = sorted(numbers)
-    return "–".join(dict.fromkeys(f"{value:{form}}" for value in values[:1] + values[-1:]))
+    least, greatest = [f"{value:{form}}" for value in (values[0], values[-1])] if values else ["", ""]
+    return least if least == greatest else f"{least}–{greatest}"
 
 
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
@@ -71,7 +73,7 @@ def meaning(row: Row) -> dict[str, str]:
              "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
-    counted = f", counted from {since} on," * bool(since)
+    counted = f", counted from {since} on," if since else ""
     rule = f"{s.patience} epochs without a better validation accuracy{counted} end a run"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
@@ -144,12 +146,15 @@ def comparison_cells(compared: Comparison) -> list[str]:
     row, other, p = compared.row, compared.other, compared.p
     values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in differing(row, other)]
     values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
-    changes = join([key if len(values) > 3 else  # the legend has the values
-                    f"{key} {' instead of '.join(v if isinstance(v, str) else str(v).lower() for v in both)}"
-                    for key, *both in values])  # fmt: skip
+    many = len(values) > 3  # the legend has them
+    changes = join([key if many else f"{key} {_shown(ours)} instead of {_shown(theirs)}" for key, ours, theirs in values])
     interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
     shown = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
     return [row.name, other.name, changes or "nothing but the name", signed(compared.gain), interval, shown, compared.told]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else str(value).lower()
 
 
 def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
@@ -169,10 +174,11 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         augmented = [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         those = "" if all(augmented) else " where a setting has augmentation"
-        changed = f", on augmented images{those}; on the same images unaltered it is higher, and so is the gap" * any(augmented)
+        changed = f", on augmented images{those}; on the same images unaltered it is higher, and so is the gap"
+        changed = changed if any(augmented) else ""
         found.append(("Overfitting", "A network usually does better on the images that it has learned from. Training against "
-                      f"validation accuracy at the kept epoch{', least and most' * many}: {shown}. Training accuracy is "
-                      f"counted during the epoch, while the network still learns{changed}."))  # fmt: skip
+                      f"validation accuracy at the kept epoch{', least and most' if many else ''}: {shown}. Training accuracy "
+                      f"is counted during the epoch, while the network still learns{changed}."))  # fmt: skip
     return found
 
 
@@ -183,7 +189,8 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     epochs = [row.setting.epochs for row in rows]
     said = []
     if single:
-        of = f"{'each ' * (len(single) > 1)}of {join(single)}" if several else "a setting"
+        each = "each " if len(single) > 1 else ""
+        of = f"{each}of {join(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
     if any(each.p is not None for each in compared):
         said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
@@ -196,13 +203,13 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
 def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]]) -> dict[str, str]:
     """Write what stands beside the pictures and tables, for both forms of the report."""
     lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
-             "highest seed. ") * any(len(row.runs) > 1 for row in rows)  # fmt: skip
+             "highest seed. ") if any(len(row.runs) > 1 for row in rows) else ""  # fmt: skip
     alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
              f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
-    unfinished = "; of an unfinished setting it is the last of the curve" * any(not row.done for row in rows)
+    unfinished = "" if all(row.done for row in rows) else "; of an unfinished setting it is the last of the curve"
     smoothed = any(row.done and row.curves("lr").shape[1] >= 40 for row in rows)  # in fewer, a twentieth is one epoch
     enlarged = (" In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
-                "slope that begins before it; thin lines are single epochs.") * smoothed  # fmt: skip
+                "slope that begins before it; thin lines are single epochs.") if smoothed else ""  # fmt: skip
     told = {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",

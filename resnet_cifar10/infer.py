@@ -80,7 +80,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     """
     config = read_json(folder / "config.json")
-    return config | validated(_Config, config, str(folder / "config.json")).model_dump()
+    checked = validated(_Config, config, str(folder / "config.json"))
+    if len(set(checked.classes)) < len(checked.classes):
+        raise ValueError(f"{folder / 'config.json'}: key 'classes': found a name twice; allowed: different names")
+    return config | checked.model_dump()
 
 
 def onnx_runtime() -> Any:

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,7 +27,7 @@ def pick_device(device: str) -> str:
         ValueError: If the device is unknown or not there.
 
     """
-    there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if device not in ("auto", *there):
         raise ValueError(f"--device: found {device!r}; allowed here: auto, {', '.join(there)}")
     return there[-1] if device == "auto" else device
@@ -55,8 +56,7 @@ def keep_memory() -> None:
 def environment(device: str) -> dict[str, Any]:
     """Collect the versions and the hardware that a result was obtained with."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = re.search(r"model name\s*: (.*\S)", cpuinfo.read_text() if cpuinfo.exists() else "")
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in COMPUTING)).hexdigest()
     commit = ""
@@ -66,7 +66,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "git_commit": commit or "unknown", "code_sha256": code, "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__, "system": platform.system(),
-        "processor": models[0] if models else platform.processor(),
+        "processor": model[1] if model else platform.processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,

@@ -252,21 +252,22 @@ def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
 def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
     """Plot how large the outputs of the blocks are in the untrained networks, one of each group, or the gradients there."""
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
+    first = 0 if back else 1  # the number of the first block shown
     lines = []
-    for number, (first, *more) in enumerate(groups):
-        activation, gradient = first.signals  # type: ignore[misc]
+    for number, (row, *more) in enumerate(groups):
+        activation, gradient = row.signals  # type: ignore[misc]
         sizes = gradient[::-1] if back else activation
-        lines.append((sizes, shortened(first.name) + (f" + {len(more)} more" if more else ""), line_of(number)))
+        lines.append((sizes, shortened(row.name) + (f" + {len(more)} more" if more else ""), line_of(number)))
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         for sizes, _, (colour, dashes) in lines:
-            axes.plot(np.arange(len(sizes)) + (not back), sizes, color=colour, linestyle=dashes)
+            axes.plot(np.arange(first, first + len(sizes)), sizes, color=colour, linestyle=dashes)
         _log_scale(axes, (1, 2, 3, 5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
-        label_ends(axes, [(len(sizes) - back, float(sizes[-1]), name, line) for sizes, name, line in lines])
+        label_ends(axes, [(first + len(sizes) - 1, float(sizes[-1]), name, line) for sizes, name, line in lines])
 
     told = join([f"{sizes[-1]:.3g} ({name})" for sizes, name, _ in lines])
     alt = f"Signals in the untrained networks, {title}; in the {'first' if back else 'last'} block: {told}"

@@ -13,7 +13,7 @@ LINE_SECONDS = 5  # between two lines
 
 def progress(items: Sequence[Item], title: str) -> Iterator[Item]:
     """Yield the items and tell how many are done and how long the others will take."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track
 

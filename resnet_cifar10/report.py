@@ -62,7 +62,8 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
              "validation images, brings that to "
              f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
              if run.result["validation"] else ".")  # fmt: skip
-    which = ", the one with the best validation accuracy" * (len(best.done) > 1 and run.result["validation"] is not None)
+    chosen = len(best.done) > 1 and run.result["validation"]
+    which = ", the one with the best validation accuracy" if chosen else ""
     return {"name": best.name, "shown": shown, "classes": classes, "split": split,
             "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
             "calibration": text, "confusion": plots.plot_confusion(m, split),
@@ -155,7 +156,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         text_of_words = words.read_text() if words else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
-    heading = re.match(r"# (.+)\n", text_of_words)
+    heading = re.match(r"# (.+)(?:\n|$)", text_of_words)
     title = heading[1] if heading else f"Results on {data}"
     text_of_words = text_of_words[heading.end() :] if heading else text_of_words
     finished = {row.name: row for row in rows if row.done}

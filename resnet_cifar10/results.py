@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
     found = read_json(file, ("activation", "gradient"))
     try:
         sizes = np.array([found["activation"], found["gradient"]], float).reshape(2, -1)
-        return sizes / [[1.0], sizes[1, -1:]]
+        sizes[1] /= sizes[1, -1]
+        return sizes
     except (TypeError, ValueError, IndexError):
         raise ValueError(f"{file}: damaged: not two lists of numbers, equally long") from None
 
@@ -268,8 +270,9 @@ def compare(row: Row, other: Row) -> Comparison:
     if tested := welch(a, b):
         compared.p, compared.interval = tested[0], tested[1:]
     elif compared.single:
-        (low, high), (other_low, other_high) = (np.subtract(m["interval_95"], m["accuracy"]) for m in
-                                                (each.measured("test")[0] for each in (row, other)))  # fmt: skip
+        one, two = row.measured("test")[0], other.measured("test")[0]
+        low, high = np.subtract(one["interval_95"], one["accuracy"])
+        other_low, other_high = np.subtract(two["interval_95"], two["accuracy"])
         below, above = np.hypot(low, other_high), np.hypot(high, other_low)  # Newcombe 1998, method 10
         compared.interval = (compared.gain - float(below), compared.gain + float(above))
     return compared
@@ -280,15 +283,18 @@ def comparisons(rows: Sequence[Row], baseline: Row | None, best: Row | None) -> 
 
     Which ones stand the test of all at once is by Holm's correction, 5 % (Holm 1979).
     """
-    counted = [(row, len(differing(row, baseline))) for row in rows if row.accuracies("test")] if baseline else []
+    if baseline is None:
+        return []
+    tested_rows = [row for row in rows if row.accuracies("test")]
+    changes = {row.number: len(differing(row, baseline)) for row in tested_rows}
     chosen = best if len(rows) <= FEW else None
 
-    def worth(row: Row, changes: int, other: Row, fewer: int) -> bool:
-        one_more_change = 0 < fewer < changes and len(differing(row, other)) == 1
+    def worth(row: Row, other: Row) -> bool:
+        one_more_change = 0 < changes[other.number] < changes[row.number] and len(differing(row, other)) == 1
         return other is baseline or row is chosen or (other is not chosen and one_more_change)
 
-    found = [compare(row, other) for row, changes in counted if row is not baseline
-             for other, fewer in counted if row is not other and worth(row, changes, other, fewer)]  # fmt: skip
+    pairs = [(row, other) for row, other in permutations(tested_rows, 2) if row is not baseline and worth(row, other)]
+    found = [compare(row, other) for row, other in pairs]
     tested = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None)
     for rank, (p, i) in enumerate(tested):
         if p * (len(tested) - rank) >= 0.05:

@@ -255,13 +255,11 @@ def serve(model: str, host: str, port: int) -> None:
         ValueError: If the model is missing or damaged, or the address cannot be used.
 
     """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port {port}: allowed are 0 to 65535")
     app = application(model, host)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, OverflowError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     print(f"Open http://{_in_url(host)}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)

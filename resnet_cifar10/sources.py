@@ -196,7 +196,7 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     parts = {"train": "train", "val": "val", "validation": "val", "test": "test"}
     part_of = {file: parts.get(file.name.replace(".", "-").split("-")[0], parts.get(file.parent.name))
                for file in sorted(folder.rglob("*.parquet"))}  # fmt: skip
-    if part_of and not any(part_of.values()):
+    if not any(part_of.values()):
         raise ValueError(f"{min(part_of)}: neither it nor its folder is named after a split; allowed: train, validation, test")
     files = [file for file, part in part_of.items() if part == split]
     if not files:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from .export import finish
 from .files import read_json, write_json
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
+from .progress import progress
 from .run_folder import check_room, has_checkpoint, locked, resume, save, save_best
 from .settings import Setting, validated
 from .signals import signals
@@ -34,6 +34,7 @@ from .sources import load
 from .storage import Tensors, load_model, sha256
 from .train import Learner, Trained, train
 
+SHOWN = 2_500  # images between two looks at the progress of an evaluation
 Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
@@ -61,21 +62,21 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         if rank == 0:
             claim(runs, read, framework)
         failed = []
-        for number, task in enumerate(runs, 1):
-            # looked up anew each time: another command may have done some; the file system of another host may be late
-            todo = from_first([other for other in runs[number - 1 :] if not (other[2] / "result.json").exists()])
-            setting, seed, folder = task
-            is_done = task not in todo
+        for number, (setting, seed, folder) in enumerate(runs, 1):
+            # looked up anew each time: another command may have done it; the file system of another host may be late
+            is_done = from_first((folder / "result.json").exists())
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
             print(f"run {number} of {len(runs)}: {what}", flush=True)
-            if not is_done:
-                later = sum(other.epochs * _size(other) for other, *_ in todo[1:])
-                with locked(folder) if rank == 0 else nullcontext():
-                    try:
-                        run(setting, seed, read, folder, device, rank, framework, later)
-                    except JobFailed as error:
-                        failed.append(str(error))
-                        print(f"failed: {error}", flush=True)
+            if is_done:
+                continue
+            others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
+            later = sum(other.epochs * _size(other) for other in others)
+            with locked(folder) if rank == 0 else nullcontext():
+                try:
+                    run(setting, seed, read, folder, device, rank, framework, later)
+                except JobFailed as error:
+                    failed.append(str(error))
+                    print(f"failed: {error}", flush=True)
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
@@ -124,9 +125,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     try:
-        begins = setting.start_from and not has_checkpoint(folder)  # which has gone on from those weights
-        start = _first_weights(setting, seed, training, read) if begins else None
-        teacher = _teacher(setting, seed, training, read) if setting.teacher else None
+        start, teacher = _other_models(setting, seed, folder, training, read)
     except ValueError as error:  # the run that should have made it has failed
         raise JobFailed(str(error)) from None
     facts = environment(device) | chosen.VERSIONS | {
@@ -272,6 +271,23 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     return training, validation
 
 
+def _other_models(setting: Setting, seed: int, folder: Path, training: Split, read: Reader,
+                  to_come: Set[Path] = frozenset()) -> tuple[Tensors | None, Trained | None]:  # fmt: skip
+    """Load the first weights, which a run that has begun no longer needs, and the teacher; None: no such one, or to come."""
+
+    start = teacher = None
+    if setting.start_from and not has_checkpoint(folder) and not _runs_of(setting.start_from) & to_come:
+        start = _first_weights(setting, seed, training, read)
+    if setting.teacher and not _runs_of(setting.teacher) & to_come:
+        teacher = _teacher(setting, seed, training, read)
+    return start, teacher
+
+
+def _runs_of(model: str) -> set[Path]:
+    """Name the run folders that this may be, or be the model folder of."""
+    return {Path(model).resolve(), Path(model).resolve().parent}
+
+
 def _other_model(key: str, setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
     """Load the model that this key of the setting names, if it has not learned from images that are to validate this run."""
     name, where = getattr(setting, key), f"setting '{setting.name}': key '{key}'"
@@ -325,15 +341,16 @@ def joined_processes(device: str) -> Iterator[int]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield 0
         return
-    facts = [os.environ[key] for key in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE")]
-    if facts[0] == "True" and facts[1] != "0" and facts[2] != "1":  # each host counts its own restarts
+    keys = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"
+    agent_store, restarts, hosts = (os.environ[key] for key in keys)
+    if agent_store == "True" and restarts != "0" and hosts != "1":  # each host counts its own restarts
         raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1, "
                          "or restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         store, rank, size = next(rendezvous("env://"))
-        if os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":  # it outlives a restart, with the addresses of the dead
+        if agent_store == "True":  # it outlives a restart, with the addresses of the dead
             store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
@@ -389,10 +406,7 @@ def _content(setting: Setting, seed: int, folder: Path, read: Reader, framework:
         raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
     if not (folder / "result.json").exists():
         check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-        start_from = None if has_checkpoint(folder) else setting.start_from
-        for name, check in ((start_from, _first_weights), (setting.teacher, _teacher)):
-            if name and not {Path(name).resolve(), Path(name).resolve().parent} & earlier:
-                check(setting, seed, training, read)
+        _other_models(setting, seed, folder, training, read, earlier)
     return content
 
 
@@ -418,9 +432,8 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
     network, config = load_model(model)
     _check_classes(str(model), config, test)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    title = f"evaluating {len(test):,} images"
-    print(title, file=sys.stderr, flush=True)
     compute = chosen.forward(network, config["architecture"])
-    logits = predict(compute, test.images, config["mean"], config["std"], title=title)
+    parts = progress(torch.split(test.images, SHOWN), f"evaluating {len(test):,} images")
+    logits = torch.cat([predict(compute, part, config["mean"], config["std"]) for part in parts])
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
     return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256, "framework": framework}

@@ -71,32 +71,26 @@ class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
         return x if self.pre_activation else self.activation(x)
 
 
-def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float = 0.1, l2_reg_lambda: float = 0.0,
-           pre_activation: bool = True, shortcut: bool = True,
-           activation: str = "leaky_relu", normalization: str = "batch", dtype: str = "float32",
-           width: int = 16) -> keras.Model:  # fmt: skip
-    """Build the network from normalised images [N, 32, 32, 3] to logits [N, num_classes].
+def resnet(architecture: dict[str, Any], weight_decay: float = 0.0, dtype: str = "float32") -> keras.Model:
+    """Build the network that ResNet(**architecture) is, from normalised images [N, 32, 32, 3] to logits [N, classes].
 
     Args:
-        num_residual_units: In each of the three stages, named unit_1_0, unit_1_1, ... unit_3_0, ...
-        num_classes: Of the logits.
-        relu_leakiness: The slope of "leaky_relu" below 0.
-        l2_reg_lambda: Adds half of it times the squares of all parameters to the loss: the weight decay of PyTorch.
-        pre_activation: Normalise and activate before each convolution (He et al. 2016), not after (He et al. 2015).
-        shortcut: False gives the plain network.
-        activation: As in settings.Setting.
-        normalization: As in settings.Setting; there is one process, so "sync_batch" is "batch".
+        architecture: All arguments of ResNet; there is one process, so "sync_batch" is "batch".
+        weight_decay: Adds half of it times the squares of all parameters to the loss, as in PyTorch.
         dtype: "float32" or "float64".
-        width: Channels of the first stage; the others have two and four times those.
+
+    Returns:
+        The model, whose residual units are named unit_1_0, unit_1_1, ... unit_3_0, ...
 
     """
+    normalization, width, pre = architecture["normalization"], architecture["width"], architecture["block"] == "pre"
     keras.config.set_floatx(dtype)  # Keras has one for the whole process
     keras.config.set_dtype_policy(dtype)
-    l2 = keras.regularizers.L2(l2_reg_lambda / 2)
+    l2 = keras.regularizers.L2(weight_decay / 2)
     act: Callable[[Any], Any] = {
-        "relu": keras.ops.relu, "leaky_relu": partial(keras.ops.leaky_relu, negative_slope=relu_leakiness),
+        "relu": keras.ops.relu, "leaky_relu": partial(keras.ops.leaky_relu, negative_slope=architecture["leaky_slope"]),
         "gelu": partial(keras.ops.gelu, approximate=False), "silu": keras.ops.silu,
-    }[activation]  # fmt: skip
+    }[architecture["activation"]]  # fmt: skip
     scale: dict[str, Any] = {"epsilon": 1e-5, "gamma_regularizer": l2, "beta_regularizer": l2}
     batch = partial(BatchNormalization, momentum=0.9, **scale)  # PyTorch counts the share that is new, 0.1
     norm: Callable[[], Any] = {
@@ -108,24 +102,22 @@ def resnet(num_residual_units: int, num_classes: int = 10, relu_leakiness: float
 
     images = keras.Input((SIZE, SIZE, 3))
     x = conv(width)(images)
-    x = x if pre_activation else act(norm()(x))
+    x = x if pre else act(norm()(x))
     for stage, filters in enumerate((width, 2 * width, 4 * width), 1):
-        for unit in range(num_residual_units):
+        for unit in range((architecture["depth"] - 2) // 6):
             stride, first = 2 if stage > 1 and unit == 0 else 1, stage == 1 and unit == 0
-            x = ResidualUnit(filters, stride, conv, norm, act, pre_activation, first, shortcut,
+            x = ResidualUnit(filters, stride, conv, norm, act, pre, first, architecture["shortcut"],
                              name=f"unit_{stage}_{unit}")(x)  # fmt: skip
-    x = act(norm()(x)) if pre_activation else x
+    x = act(norm()(x)) if pre else x
     x = keras.layers.GlobalAveragePooling2D()(x)
-    logits = keras.layers.Dense(num_classes, kernel_regularizer=l2, bias_regularizer=l2)(x)
+    logits = keras.layers.Dense(architecture["classes"], kernel_regularizer=l2, bias_regularizer=l2)(x)
     return keras.Model(images, logits)
 
 
-def from_pytorch(network: ResNet, architecture: dict[str, Any], l2_reg_lambda: float = 0.0,
+def from_pytorch(network: ResNet, architecture: dict[str, Any], weight_decay: float = 0.0,
                  dtype: str = "float32") -> keras.Model:  # fmt: skip
-    """Build the Keras model of a PyTorch network, with its weights; architecture holds the arguments of ResNet."""
-    model = resnet((architecture["depth"] - 2) // 6, architecture["classes"], architecture["leaky_slope"], l2_reg_lambda,
-                   architecture["block"] == "pre", shortcut=architecture["shortcut"], activation=architecture["activation"],
-                   normalization=architecture["normalization"], dtype=dtype, width=network.widths[0])  # fmt: skip
+    """Build the Keras model of a PyTorch network, ResNet(**architecture), with its weights."""
+    model = resnet(architecture, weight_decay, dtype)
     model.set_weights(_keras_weights(network))
     return model
 

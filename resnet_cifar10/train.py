@@ -189,11 +189,11 @@ class Learner:
 
     def moment_shapes(self) -> dict[str, Sequence[int]]:
         """Name the tensors of the optimizer after its first step, each with its shape."""
-        of_adam = ("exp_avg", "exp_avg_sq", "step")
-        kinds = {"sgd": ("momentum_buffer",) * (self.setting.momentum > 0), "muon": ("momentum_buffer",)}
+        kinds = ["exp_avg", "exp_avg_sq", "step"]  # of Adam and AdamW
+        if self.setting.optimizer in ("sgd", "muon"):
+            kinds = [] if self.setting.optimizer == "sgd" and not self.setting.momentum else ["momentum_buffer"]
         return {f"{index}.{kind}": () if kind == "step" else parameter.shape
-                for index, parameter in enumerate(self.model.parameters())
-                for kind in kinds.get(self.setting.optimizer, of_adam)}  # fmt: skip
+                for index, parameter in enumerate(self.model.parameters()) for kind in kinds}  # fmt: skip
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Take over what `tensors` gave."""

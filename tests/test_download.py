@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from resnet_cifar10 import download as room
+from resnet_cifar10.download import download
 from resnet_cifar10.errors import JobFailed
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -148,7 +149,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
     """Start a mirror with these answers; all are closed at the end."""
     mirrors: list[Mirror] = []
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(room, "PAUSE_SECONDS", 0)
+    small = {"SIZE_BYTES": SIZE, "MD5": MD5, "PAUSE_SECONDS": 0, "TIMEOUT_SECONDS": 10}
+    for name, value in small.items():
+        monkeypatch.setattr(room, name, value)
 
     def start(*answers: Answer) -> Mirror:
         mirrors.append(Mirror(*answers))
@@ -160,10 +163,6 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Mirror]]:
         mirror.closing.set()
         mirror.shutdown()
         mirror.server_close()
-
-
-def download(folder: Path, url: str | None, timeout_seconds: float = 10) -> Path:
-    return room.download(folder, url, size_bytes=SIZE, md5=MD5, timeout_seconds=timeout_seconds)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -204,9 +203,12 @@ def test_an_archive_with_a_wrong_checksum_is_replaced(tmp_path: Path, serve: Cal
 
 
 @pytest.mark.parametrize("first", [break_at(200_000), stall_at(200_000)], ids=["truncated", "stalled"])
-def test_goes_on_where_the_transfer_broke(tmp_path: Path, serve: Callable[..., Mirror], first: Answer) -> None:
+def test_goes_on_where_the_transfer_broke(
+    tmp_path: Path, serve: Callable[..., Mirror], monkeypatch: pytest.MonkeyPatch, first: Answer
+) -> None:
     mirror = serve(first, serve_content)
-    download(tmp_path, mirror.url, timeout_seconds=2)
+    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 2)
+    download(tmp_path, mirror.url)
     assert files(tmp_path) == {NAME: CONTENT}
     assert mirror.ranges == [None, "bytes=200000-"]
     assert mirror.sent == SIZE
@@ -251,7 +253,8 @@ def test_a_mirror_that_fails_is_named_with_the_reason_and_the_next_one_delivers(
 ) -> None:
     bad, good = serve(answer), serve(serve_content)
     monkeypatch.setattr(room, "MIRRORS", (bad.url, good.url))
-    download(tmp_path, None, timeout_seconds=1.5 if answer is say_nothing else 10)
+    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 1.5 if answer is say_nothing else 10)
+    download(tmp_path, None)
     assert files(tmp_path) == {NAME: CONTENT}
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "trying the next mirror" in line]
@@ -320,9 +323,10 @@ def test_one_process_at_a_time_and_the_next_goes_on_after_a_stop(
     mirror, part = serve(stall_at(200_000), serve_content), tmp_path / f"{NAME}.part"
     code = f"""
 import pathlib, signal
-from resnet_cifar10.download import download
+from resnet_cifar10 import download as room
+room.SIZE_BYTES, room.MD5 = {SIZE}, {MD5!r}
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
-download(pathlib.Path({str(tmp_path)!r}), {mirror.url!r}, size_bytes={SIZE}, md5={MD5!r})
+room.download(pathlib.Path({str(tmp_path)!r}), {mirror.url!r})
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size):

@@ -424,6 +424,16 @@ def test_odd_names_are_shown_on_one_line_and_what_a_system_hides_is_no_photo(
     assert output.startswith(f"{tmp_path}/??[31m.png: ")
 
 
+def test_a_model_of_others_sends_no_codes_to_the_terminal(model: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    shutil.copytree(model, tmp_path / "model")
+    classes = [f"\x1b[2J{name}" for name in CONFIG["classes"]]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | {"classes": classes}))
+    status, output, errors = cli("infer", tmp_path / "photo.png", "--model", tmp_path / "model")
+    assert (status, errors, output.count("\n")) == (0, "", 1)
+    assert "[2J" in output and output[:-1].isprintable()
+
+
 def test_a_run_that_was_killed_while_it_was_finished_is_no_model(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.png")
     shutil.copytree(model, tmp_path / "run" / "model")
@@ -457,6 +467,7 @@ def test_a_broken_model_folder_is_refused_with_the_reason(
         ("model.onnx", (model / "model.onnx").read_bytes() + b"more", "SHA-256 does not match"),
         ("config.json", b"{", "config.json: cannot be read"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
         ("config.json", json.dumps(CONFIG | {"rejection_threshold": []}).encode(), "'rejection_threshold'"),
+        ("config.json", json.dumps(CONFIG | {"classes": ["a", "b", "a"]}).encode(), "'classes': found a name twice"),
     ):  # fmt: skip
         if content is not None:
             (broken / file).write_bytes(content)

@@ -1,5 +1,6 @@
 """A study on a real Ray cluster of two nodes; LONG=1 runs twelve runs instead of two."""
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run
+from rich.console import Console
 
 from resnet_cifar10.cluster import _progress
 from resnet_cifar10.run_folder import read_metrics
@@ -158,5 +160,8 @@ def test_wrong_options_write_nothing(tmp_path: Path, arguments: tuple[str, ...],
 def test_damaged_metrics_end_their_own_run_alone(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("here 1")
     (tmp_path / "metrics.csv").write_text("damaged")
-    table, left = _progress([(Setting(name="Torn", epochs=4), 0, tmp_path)])
+    table, left = _progress([(Setting(name="Torn [/b] :cat:", epochs=4), 0, tmp_path)])
     assert table.row_count == 1 and "not known yet" in left
+    console = Console(record=True, force_terminal=True, width=100, file=io.StringIO())
+    console.print(table)
+    assert "Torn [/b] :cat:, seed 0" in console.export_text()  # a name is no markup

@@ -286,6 +286,8 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     assert "*overshoot*" in text and "--words" in text
     assert "<h1>Steps &amp; their &lt;size&gt;</h1>" in page and text.startswith("# Steps \\& their \\<size\\>\n")
     assert "3 seeds a setting" in text
+    (tmp_path / "words.md").write_text("# A title alone")
+    assert "<h1>A title alone</h1>" in report([tmp_path / "study"], tmp_path / "out", words=tmp_path / "words.md").read_text()
 
 
 def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_with_one_more_change(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_every_other_option_gives_the_same_logits(twin: Any, changes: dict[str, 
 
 
 def test_units_have_the_names_of_the_assignment(twin: Any) -> None:
-    names = [layer.name for layer in twin.resnet(num_residual_units=5).layers if layer.name.startswith("unit")]
+    layers = twin.resnet(row(model="resnet32").architecture(10)).layers
+    names = [layer.name for layer in layers if layer.name.startswith("unit")]
     assert names == [f"unit_{stage}_{unit}" for stage in (1, 2, 3) for unit in range(5)]
 
 
