@@ -224,7 +224,7 @@ def export(
 def serve(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet32",
     host: Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine alone.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve a web page that classifies photos; nothing leaves this machine."""
     _need("serve")

@@ -259,7 +259,7 @@ def serve(model: str, host: str, port: int) -> None:
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     print(f"Open http://{_in_url(host)}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)

@@ -333,7 +333,7 @@ def test_what_cannot_be_served_is_said_in_one_line(model: Path) -> None:
         port = taken.getsockname()[1]
         for name, host, number, reason in (
             ("no-such-model", "127.0.0.1", 0, "no such model"), (str(model), "127.0.0.1", port, "in use"),
-            (str(model), "127.0.0.1", 70_000, "70000"), (str(model), "192.0.2.1", 0, "192.0.2.1"),
+            (str(model), "192.0.2.1", 0, "192.0.2.1"),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=reason) as error:
                 serve(name, host, number)
