@@ -10,9 +10,8 @@ import pytest
 import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
-CORE = ("errors", "files", "progress", "settings", "infer", "photo_like", "data", "norms", "model", "storage", "evaluate",
-        "muon", "train")  # fmt: skip
-ORDER = (*CORE, "photo", "explain", "figure", "serve", "machine", "decode", "download", "sources", "export",
+CORE = ("errors", "files", "settings", "infer", "photo_like", "data", "norms", "model", "storage", "evaluate", "muon", "train")
+ORDER = (*CORE, "progress", "photo", "explain", "figure", "serve", "machine", "decode", "download", "sources", "export",
          "run_folder", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
          "cli", "__main__", "__init__")  # fmt: skip
 
