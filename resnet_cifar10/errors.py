@@ -1,5 +1,6 @@
 """What ends a command besides wrong input (ValueError) and trouble with files (OSError), and messages made fit to be shown."""
 
+import reprlib
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # of letters and of emoji
@@ -22,3 +23,11 @@ def one_line(text: object) -> str:
 def printable(text: str) -> str:
     """Replace in a name what would move a terminal's cursor or cannot be encoded by question marks."""
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS else c for c in text)
+
+
+def short(value: object) -> str:
+    """Write any value in a few words."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of an int with more digits than Python prints
+        return "a huge number"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from .errors import one_line, short
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -60,6 +67,30 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{path}: damaged: key '{missing[0]}' is missing")
     return value
+
+
+def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
+    """Check plain values against a model of pydantic.
+
+    Raises:
+        ValueError: With `where` and what is wrong there.
+
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # misspelt, a key is missing too
+        key = ".".join(str(part) for part in first["loc"])
+        message = f"key '{key}': found {short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, kind.model_fields, n=1)
+            help_with = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(kind.model_fields)}"
+            message = f"unknown key '{one_line(key)}'; {help_with}"
+        elif first["type"] == "missing":
+            message = f"key '{key}' is missing"
+        elif first["type"] == "value_error":  # our own sentence
+            message = str(first["ctx"]["error"])
+        raise ValueError(f"{where}: {message}") from None
 
 
 def check_writable(folder: Path) -> Path:

@@ -12,8 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from .errors import one_line
-from .files import read_json
-from .settings import validated
+from .files import read_json, validated
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, StrictInt
 
-from .files import read_json
+from .files import read_json, validated
 from .run_folder import read_metrics
-from .settings import Setting, validated
+from .settings import Setting
 
 FEW = 6  # settings: their lines can be told apart, all are named, and each is compared with the best
 ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude does not show

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
 import tomllib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .errors import one_line
+from .errors import one_line, short
+from .files import validated
 
 AUGMENTATIONS = ("crop", "flip", "altflip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
-Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Setting(BaseModel):
@@ -77,7 +75,7 @@ class Setting(BaseModel):
         }  # fmt: skip
         for key, (right, allowed) in checks.items():
             if not right:
-                raise ValueError(f"key '{key}': found {_short(getattr(self, key))}; allowed: {allowed}")
+                raise ValueError(f"key '{key}': found {short(getattr(self, key))}; allowed: {allowed}")
         return self
 
     @property
@@ -133,7 +131,7 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
         raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
     table = validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
-    settings = [validated(Setting, table.defaults | row | given, f"{path}: setting {_short(row.get('name', number))}")
+    settings = [validated(Setting, table.defaults | row | given, f"{path}: setting {short(row.get('name', number))}")
                 for number, row in enumerate(table.setting, 1)]  # fmt: skip
     seen: dict[str, Setting] = {}
     for setting in settings:
@@ -145,29 +143,3 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
             raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(repr(s.name) for s in settings)}")
     wanted = {slug(name) for name in only} or seen
     return [setting for setting in settings if setting.slug in wanted]
-
-
-def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
-    """Check plain values against a model of pydantic; one line says what is wrong where."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # misspelt, a key is missing too
-        key = ".".join(str(part) for part in first["loc"])
-        message = f"key '{key}': found {_short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1)
-            help_with = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(kind.model_fields)}"
-            message = f"unknown key '{one_line(key)}'; {help_with}"
-        elif first["type"] == "missing":
-            message = f"key '{key}' is missing"
-        elif first["type"] == "value_error":  # our own sentence
-            message = str(first["ctx"]["error"])
-        raise ValueError(f"{where}: {message}") from None
-
-
-def _short(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # of an int with more digits than Python prints
-        return "a huge number"

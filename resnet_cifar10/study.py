@@ -23,12 +23,12 @@ from .data import Split, hold_out
 from .errors import Interrupted, JobFailed
 from .evaluate import evaluate, predict
 from .export import finish
-from .files import read_json, write_json
+from .files import read_json, validated, write_json
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
 from .progress import progress
 from .run_folder import check_room, has_checkpoint, locked, resume, save, save_best
-from .settings import Setting, validated
+from .settings import Setting
 from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model, sha256
