@@ -48,7 +48,8 @@ class Group(NamedTuple):
 def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> tuple[list[Group], dict[str, str]]:
     """Say what is measured, and what this machine cannot show with the reason."""
     steps, turns, singles, side, depths = (2, 1, 10, 256, [8]) if quick else (8, 3, 300, 2048, [20, 32, 56])
-    precision, compiled = choose("pytorch").resolve(Setting(name="default"), "cpu")  # as `train` does
+    resolve = partial(choose("pytorch").resolve, Setting(name="default"))  # as `train` does
+    precision, compiled = resolve("cpu")
     missing, kinds, devices = {}, list(dict.fromkeys([precision, "float32"])), ["cpu", "cuda"]
     if precision != "bfloat16":
         missing["training in bfloat16"] = "no bfloat16 on this processor: float32 measured"
@@ -65,8 +66,10 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     def training(depth: int, device: str) -> Group:
         some = split.subset(torch.arange(c.BATCH * steps * (20 if device == "cuda" else 1)) % len(split))
         found = {"common recipe": partial(c.common_recipe, some, depth, device)}
-        for way in [compiled] + [not compiled] * (compiler and depth == 32):
-            found[f"ours, {precision}{', compiled' * way}"] = partial(c.ours, some, depth, device, precision, way)
+        kind, usual = resolve(device)
+        usual = usual and compiler
+        for way in [usual, not usual] if compiler and depth == 32 else [usual]:
+            found[f"ours, {kind}{', compiled' if way else ''}"] = partial(c.ours, some, depth, device, kind, way)
         if device == "cpu":
             found["matrix product"] = partial(c.matrix_product, side, kinds)
         return Group(f"training ResNet-{depth}, {device}", 2 * depth, turns, found)
@@ -224,8 +227,9 @@ def main() -> None:
         raise ValueError(f"--data: {args.data}: training or test images are missing")
     if args.quick:
         test = test.subset(torch.arange(256))
-    machine = environment("cpu")
-    title = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {date.today()}"
+    machine = environment(pick_device("auto"))
+    gpu = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    title = f"{machine['processor']}, {machine['threads']} threads{gpu}, torch {machine['torch']}, {date.today()}"
     rows, notes = [], [f"data: {split.source}"]
     with tempfile.TemporaryDirectory() as name:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/inductor"  # nothing is compiled yet

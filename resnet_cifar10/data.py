@@ -121,7 +121,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     if "altflip" in parts:
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
-    uniform = torch.rand(n, 17, generator=rng)  # of photo
+    uniform = torch.rand(n, 17, generator=rng).to(device)  # of photo
     mixing = np.random.default_rng([seed, epoch])
 
     span = torch.arange(SIZE, device=device)
@@ -129,7 +129,8 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
     for start in range(0, n, batch_size):
         i = order[start : start + batch_size][rank::processes]
         if "photo" in parts:  # every second image, so that the network stays good on images as they are
-            top[i[::2]] = left[i[::2]] = 0  # framed by photo_like instead
+            for offset in (top, left):  # framed by photo_like instead
+                offset.index_fill_(0, i[::2], 0)
         rows, columns = top[i] + span, left[i] + torch.where(flip[i], span.flip(0), span)
         images = split.images[i[:, None, None], rows.clamp(0, SIZE - 1)[:, :, None], columns.clamp(0, SIZE - 1)[:, None, :]]
         erased = outside(rows)[:, :, None] | outside(columns)[:, None, :]
@@ -141,7 +142,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         if "photo" in parts:
             half = images[::2]
             noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=rng)[rank::processes].to(device)
-            images[::2] = photo_like(half, uniform[start + rank :: processes][: len(half)].to(device), noise)
+            images[::2] = photo_like(half, uniform[start + rank :: processes][: len(half)], noise)
         if "mixup" in parts:  # with the same batch in reverse order
             share = mixing.beta(MIXUP_ALPHA, MIXUP_ALPHA)
             images = (share * images + (1 - share) * images.flip(0)).round().to(torch.uint8)

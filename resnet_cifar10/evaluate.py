@@ -20,8 +20,9 @@ ECE_BINS = 15  # Guo et al. 2017, section 2
 def predict(model: Forward, images: Tensor, mean: list[float], std: list[float], batch_size: int = 250) -> Tensor:
     """Map images uint8 [N, 32, 32, 3] to what the model gives, as float32 [N, ...] on their device."""
     logits = []
+    scale = torch.tensor(mean, device=images.device), torch.tensor(std, device=images.device)
     for batch in torch.split(images, batch_size):
-        x = normalise(batch, torch.tensor(mean, device=batch.device), torch.tensor(std, device=batch.device))
+        x = normalise(batch, *scale)
         missing = batch_size - len(x) if len(images) > batch_size else 0  # one shape for all: nothing is compiled twice
         logits.append(model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[: len(x)].float())
     return torch.cat(logits)

@@ -53,6 +53,8 @@ class Muon(torch.optim.Optimizer):
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Update and return the Nesterov momentum of a parameter, as a matrix."""
         assert parameter.grad is not None
-        buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        buffer.lerp_(parameter.grad, 1 - momentum)
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(buffer, momentum).reshape(len(parameter) if parameter.ndim > 1 else 1, -1)

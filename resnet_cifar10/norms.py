@@ -60,7 +60,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         dtype, x = x.dtype, x.to(self.weight.dtype)
-        count = torch.tensor(x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
+        count = torch.full((), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
         dist.all_reduce(count)
         mean: Tensor = _Sum.apply(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
         centred = x - mean[:, None, None]

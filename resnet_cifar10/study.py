@@ -347,6 +347,9 @@ def joined_processes(device: str) -> Iterator[int]:
         raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1, "
                          "or restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
     if device == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise ValueError(f"torchrun --nproc-per-node: found {os.environ['LOCAL_WORLD_SIZE']}; allowed: at most the "
+                             f"{torch.cuda.device_count()} GPUs of this machine")  # fmt: skip
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         store, rank, size = next(rendezvous("env://"))

@@ -118,6 +118,8 @@ class Learner:
         if device == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23
         dtype = torch.float64 if precision == "float64" else torch.float32
         model = initial_network(setting, seed, len(training.classes), first_weights)
         self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
