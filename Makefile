@@ -32,11 +32,11 @@ bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and num
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve]'
 	touch $@
 
 .venv/full: .venv/ready
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[ray,tensorflow,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,tensorflow,dev]'
 	touch $@
 
 clean:
