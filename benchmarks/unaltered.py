@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 import typer
 
-from resnet_cifar10.evaluate import accuracy, predict, wilson_interval
+from resnet_cifar10.evaluate import accuracy, wilson_interval
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.sources import load
 from resnet_cifar10.storage import load_model
-from resnet_cifar10.study import split_data
+from resnet_cifar10.study import shown_logits, split_data
 
 
 def main(models: list[str], data: Annotated[str, typer.Option()]) -> None:
@@ -25,7 +25,7 @@ def main(models: list[str], data: Annotated[str, typer.Option()]) -> None:
         network = network.to(memory_format=torch.channels_last)
         parts = split_data(Setting(**config["setting"]), config["seed"], splits.__getitem__)
         for name, part in zip(("training", "validation"), parts, strict=True):
-            percent = accuracy(predict(network, part.images, config["mean"], config["std"]), part.labels)
+            percent = accuracy(shown_logits(network, part.images, config, name), part.labels)
             low, high = wilson_interval(percent, len(part))
             print(f"{model}: {percent:.2f} % of {len(part):,} {name} images of {part.source} ({low:.2f} to {high:.2f})")
 

@@ -36,6 +36,7 @@ EXTRAS = {  # of pyproject.toml, each with its packages by the names that are im
     "serve": ("starlette", "uvicorn", "python_multipart"),
     "ray": ("ray",),
     "tensorflow": ("tensorflow", "keras"),
+    "pytorch": (),  # comes with "train"
 }
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
@@ -63,7 +64,7 @@ def train(
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
     rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
-    _need("train", *(["ray"] if ray else []), *(["tensorflow"] if framework == "tensorflow" else []))
+    _need("train", framework, *(["ray"] if ray else []))
     if not ray and (cpus != 1 or gpus is not None):
         raise ValueError("--cpus, --gpus: found without --ray; allowed: together with it")
     if ray and framework != "pytorch":
@@ -86,7 +87,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Evaluate a model on the test split of a data set."""
-    _need("train", *(["tensorflow"] if framework == "tensorflow" else []))
+    _need("train", framework)
     from .study import evaluate_model
 
     metrics = evaluate_model(model, _test_images(data), framework=framework)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .data import Split, hold_out
 from .errors import Interrupted, JobFailed
-from .evaluate import evaluate, predict
+from .evaluate import Forward, evaluate, predict
 from .export import finish
 from .files import read_json, validated, write_json
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
@@ -424,6 +425,12 @@ def _check_claim(folder: Path, content: dict[str, Any]) -> None:
         raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
 
 
+def shown_logits(compute: Forward, images: Tensor, config: dict[str, Any], title: str) -> Tensor:
+    """Predict with a model's mean and std, and show how far it is."""
+    parts = progress(torch.split(images, SHOWN), title)
+    return torch.cat([predict(compute, part, config["mean"], config["std"]) for part in parts])
+
+
 def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -> dict[str, Any]:
     """Evaluate a model folder, a finished run folder or a built-in name with its own mean, std and temperature.
 
@@ -436,7 +443,6 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
     _check_classes(str(model), config, test)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compute = chosen.forward(network, config["architecture"])
-    parts = progress(torch.split(test.images, SHOWN), f"evaluating {len(test):,} images")
-    logits = torch.cat([predict(compute, part, config["mean"], config["std"]) for part in parts])
+    logits = shown_logits(compute, test.images, config, f"evaluating {len(test):,} images")
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])
     return metrics | {"model": str(model), "data": test.source, "data_sha256": test.sha256, "framework": framework}
