@@ -47,21 +47,23 @@ def run(*arguments: str | Path, status: int = 0) -> Ended:
     return done
 
 
+GRAPHS: dict[str, bytes] = {}  # by architecture and classes
+
+
 @pytest.fixture(scope="module")
 def quick_export() -> Iterator[None]:
     """Export the first network of each shape and give its graph to the others: for where no test looks at a graph."""
     from resnet_cifar10 import export, files
     from resnet_cifar10.infer import read_config
 
-    graphs: dict[str, bytes] = {}
     whole = export.export
 
     def quick(model: Path, out: Path) -> None:
         shape = json.dumps([read_config(model)[key] for key in ("architecture", "classes")])
-        if shape not in graphs:
+        if shape not in GRAPHS:
             whole(model, out)
-            graphs[shape] = out.read_bytes()
-        files.write(out, graphs[shape])
+            GRAPHS[shape] = out.read_bytes()
+        files.write(out, GRAPHS[shape])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "export", quick)

@@ -141,8 +141,9 @@ def test_a_process_killed_at_a_random_moment_costs_nothing_but_time(tmp_path: Pa
 
 
 def test_a_run_that_fails_does_not_end_the_last_one_before_it_is_exported(tmp_path: Path) -> None:
-    settings = [TABLE.replace("Shared", name).replace(f"epochs = {EPOCHS}", "epochs = 1") for name in ("Wild", "Tame")]
-    for old, new in (("resnet8", "resnet32"), ("0.02", "100.0"), ("sync_batch", "none"), ("float64", "float32")):
+    table = TABLE.replace(f"epochs = {EPOCHS}", "epochs = 1")
+    settings = [table.replace("Shared", name) for name in ("Wild", "Tame")]
+    for old, new in (("0.02", "100.0"), ("sync_batch", "none"), ("float64", "float32")):
         settings[0] = settings[0].replace(old, new)
     process = start(tmp_path / "runs", *TORCHRUN[:3], "--standalone", "--nproc-per-node", "2", table="".join(settings))
     output, _ = process.communicate(timeout=600)

@@ -31,6 +31,7 @@ ENVIRONMENT = os.environ | {
 TABLE = f"""
 [defaults]
 model = "resnet8"
+width = 8
 batch_size = 128
 lr = 0.05
 epochs = {8 if LONG else 4}

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(  # Keras itself converts scalars in a way that NumPy gives up
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
     ),
+    pytest.mark.usefixtures("quick_export"),
 ]
 
 
@@ -99,7 +100,7 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: An
     smoothing, decay = setting.label_smoothing, 0.0 if setting.optimizer == "adamw" else setting.weight_decay
     theirs = twin.from_pytorch(model, architecture, decay, "float64")
     loss = twin.keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
-    theirs.compile(twin.make_optimizer(setting), loss, jit_compile=False)
+    theirs.compile(twin.make_optimizer(setting), loss, run_eagerly=True)  # two steps are not worth a graph
     if "adam" in setting.optimizer:  # Keras adds epsilon before the correction of the bias, PyTorch after it
         optimizer.param_groups[0]["eps"] = theirs.optimizer.epsilon = 1e-15
     torch.manual_seed(2)
@@ -121,14 +122,14 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: An
 
 
 def train(folder: Path, *options: str, status: int = 0) -> Ended:
-    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 4\nvalidation_size = 200\n'
+    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 2\nvalidation_size = 200\nbatch_size = 32\n'
                                        'lr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\ncompile = false\n')  # fmt: skip
     table = ("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs")
     return run(*table, "--framework", "tensorflow", *options, status=status)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, quick_export: None) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     train(folder)
     return folder / "runs" / "d" / "seed-0"
@@ -139,7 +140,7 @@ def test_a_run_has_the_folder_of_every_run_and_learns(twin: Any, trained: Path) 
     assert result["test"]["accuracy"] > 50  # chance: 10 %
     with open(trained / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert max(float(row["validation_accuracy"]) for row in rows) == result["validation"]["accuracy"]
     best, _ = read_tensors(trained / "best.safetensors")
     model, config = load_model(trained)

@@ -14,7 +14,7 @@ from torture.broken import BROKEN
 
 
 def test_the_short_form_finds_nothing_and_every_row_notices_a_product_that_is_broken_on_purpose(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torture", "--scale", "0.02", "--broken", "--report", tmp_path / "reliability.md"]
+    command = [sys.executable, "-m", "torture", "--scale", "0.01", "--broken", "--report", tmp_path / "reliability.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "reliability.md").read_text()
