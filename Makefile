@@ -1,6 +1,9 @@
 # `make demo` and `make test` do all the set-up themselves; nothing outside this folder is written but pip's cache and temporary files.
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable
+# What pip would do on one core, on all; some of the files are for newer versions of Python.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor
 export MPLCONFIGDIR = $(CURDIR)/.cache/matplotlib
 
@@ -32,11 +35,13 @@ bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and num
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,report,demo,serve]'
+	$(INSTALL) '.[train,report,demo,serve]'
+	$(COMPILE)
 	touch $@
 
 .venv/full: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,tensorflow,dev]'
+	$(INSTALL) '.[ray,tensorflow,dev]'
+	$(COMPILE)
 	touch $@
 
 clean:
