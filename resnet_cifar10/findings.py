@@ -31,6 +31,11 @@ def span(numbers: Iterable[float], form: str = ",") -> str:
     return least if least == greatest else f"{least}–{greatest}"
 
 
+def named(names: Sequence[str], link: str = "and") -> str:
+    """Name settings as in a sentence, and count the many."""
+    return join(names, link) if len(names) <= FEW else f"{len(names)} settings"
+
+
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
     """Describe all rows term by term: in one text where they agree, else each by its name, the many last."""
     described = [(row.name, describe(row)) for row in rows]
@@ -105,10 +110,13 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     """Write the result in a few sentences; `goal` is the test accuracy in percent that was asked for."""
     runs = [run for row in rows for run in row.runs]
     waiting = sum(not run.result for run in runs)
+    tested = [row for row in rows if row.accuracies("test")]
+    there = named([row.name for row in tested if goal and np.mean(row.accuracies("test")) >= goal]) or "no setting"
+    asked = f" At least {goal:g} % were asked for: reached by {there}." if goal and tested else ""
     last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
     if best is None:
         reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
-        return f"No setting can be called the best on {data} yet: {reason}.{last}"
+        return f"No setting can be called the best on {data}: {reason}.{asked}{last}"
     tests, validation = best.accuracies("test"), best.accuracies("validation")
     validated = [row for row in rows if row.accuracies("validation")]
     rivals, sizes = len(validated), sorted({measured["n"] for row in validated for measured in row.measured("validation")})
@@ -127,25 +135,21 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
         trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
         text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
-        tested = [row for row in rows if row.accuracies("test")]
-        if goal:
-            there = join([row.name for row in tested if np.mean(row.accuracies("test")) >= goal]) or "no setting"
-            text += f" At least {goal:g} % were asked for: reached by {there}."
+        text += asked
         others = [row for row in tested if row is not best]
         if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
-            text += f" The seeds show no difference in test accuracy from {join(alike, 'or')} (each compared by itself)."
+            text += f" The seeds show no difference in test accuracy from {named(alike, 'or')} (each compared by itself)."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
             once, them = ("were run once each", "them") if len(single) > 1 else ("was run once", "it")
-            text += f" {join(single)} {once}: with another seed the distances from {them} may differ."
+            text += f" {named(single)} {once}: with another seed the distances from {them} may differ."
     return text + last
 
 
 def comparison_cells(compared: Comparison) -> list[str]:
     """Fill the COMPARISON_COLUMNS."""
     row, other, p = compared.row, compared.other, compared.p
-    values = [(key.replace("_", " "), getattr(row.setting, key), getattr(other.setting, key)) for key in differing(row, other)]
-    values += [("framework", row.framework, other.framework)] if row.framework != other.framework else []
+    values = [(key.replace("_", " "), ours, theirs) for key, ours, theirs in differing(row, other)]
     many = len(values) > 3  # the legend has them
     changes = join([key if many else f"{key} {_shown(ours)} instead of {_shown(theirs)}" for key, ours, theirs in values])
     interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
@@ -174,7 +178,7 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         augmented = [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
         those = "" if all(augmented) else " where a setting has augmentation"
-        changed = f", on augmented images{those}; on the same images unaltered it is higher, and so is the gap"
+        changed = f", on augmented images{those}; on the same images unaltered it is usually higher, and so is the gap"
         changed = changed if any(augmented) else ""
         found.append(("Overfitting", "A network usually does better on the images that it has learned from. Training against "
                       f"validation accuracy at the kept epoch{', least and most' if many else ''}: {shown}. Training accuracy "
@@ -190,7 +194,7 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     said = []
     if single:
         each = "each " if len(single) > 1 else ""
-        of = f"{each}of {join(single)}" if several else "a setting"
+        of = f"{each}of {named(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
     if any(each.p is not None for each in compared):
         said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
@@ -200,7 +204,8 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
             "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
 
 
-def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]]) -> dict[str, str]:
+def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]],
+          compared: Sequence[Comparison]) -> dict[str, str]:  # fmt: skip
     """Write what stands beside the pictures and tables, for both forms of the report."""
     lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
              "highest seed. ") if any(len(row.runs) > 1 for row in rows) else ""  # fmt: skip
@@ -210,7 +215,13 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
     smoothed = any(row.done and row.curves("lr").shape[1] >= 40 for row in rows)  # in fewer, a twentieth is one epoch
     enlarged = (" In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
                 "slope that begins before it; thin lines are single epochs.") if smoothed else ""  # fmt: skip
-    told = {
+    seeds = ("Where both sides have several seeds, interval and p are of Welch's t test, and the last column says whether the "
+             "seeds tell the two apart: yes, also when all comparisons of this table are tested at once (Holm's correction, "
+             "5 %); by itself only: of twenty such tests of equal settings one is expected to say so; or no. "
+             ) if any(each.p is not None for each in compared) else ""  # fmt: skip
+    once = ("With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
+            ) if any(each.single for each in compared) else ""  # fmt: skip
+    return {
         "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
                 "detail that the copy has lost; the two must not be set side by side.",
         "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
@@ -220,28 +231,19 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
                   "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
                   f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
-        "comparisons": "Points: the difference in test accuracy. Where both sides have several seeds, interval and p are of "
-                       "Welch's t test, and the last column says whether the seeds tell the two apart: yes, also when all "
-                       "comparisons of this table are tested at once (Holm's correction, 5 %); by itself only: of twenty such "
-                       "tests of equal settings one is expected to say so; or no. With one seed on a side the interval "
-                       "covers only which images happen to be in the test set. For these very networks it is wider than need "
-                       "be, as both saw the same images; for the settings it may be too narrow, as the chance of the seed is "
-                       "not in it. Where several things differ, a comparison does not tell which of them did it.",
+        "comparisons": f"Points: the difference in test accuracy. {seeds}{once}Where several things differ, a comparison does "
+                       "not tell which of them did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
                    "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
                    f"straight slope is the same factor in every block.{''.join(alike)}",
         "mistakes": "Each with its true class, the class it was taken for, and the probability given to that.",
         "classes": "Accuracy of a class: the share of its images that were classified correctly. Precision: of the images "
-                   "given this name, the share that deserved it. Both are means over the seeds.",
+                   "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
+        "differences": f"Mean difference in test accuracy against {baseline.name if baseline else ''} with its 95 % interval "
+                       "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
+                       "hollow: by itself only; grey: they cannot. The axis is logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }  # fmt: skip
-    if baseline:
-        told["differences"] = (
-            f"Mean difference in test accuracy against {baseline.name} with its 95 % interval (Welch). Filled blue: the seeds "
-            "tell the two apart, also when all comparisons are tested at once; hollow: by itself only; grey: they cannot. "
-            "The axis is logarithmic beyond 2 points."
-        )
-    return told
 
 
 def provenance(row: Row) -> dict[str, str]:
@@ -265,5 +267,5 @@ def provenance(row: Row) -> dict[str, str]:
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
         "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),
-        "Not bit-exact": "; ".join(marked) or "none: each run equals an uninterrupted one on its machine",
+        "Not bit-exact": "; ".join(marked) or "none; each run equals an uninterrupted one on its machine",
     }  # fmt: skip

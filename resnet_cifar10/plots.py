@@ -56,6 +56,7 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
         figure = Figure(size, layout="constrained")
         paint(figure)
         figure.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        figure.set_layout_engine("none")  # what was found for the one is right for the other too
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     # Inside HTML a drawing needs no name spaces; size, font and colours (light or dark) are the page's.
     opening, body = svg.getvalue().split("<svg", 1)[1].split(">", 1)
@@ -109,19 +110,9 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, tuple[str, Any
         axes.annotate(text, (across, up), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=leader)
 
 
-def shortened(name: str) -> str:
+def shortened(name: str, letters: int = 32) -> str:
     """Cut a name that is too long for a plot."""
-    return name if len(name) <= 32 else f"{name[:31]}…"
-
-
-def _log_scale(axes: Any, digits: Sequence[int]) -> None:
-    """Make the y axis logarithmic, with plain numbers at these digits."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=digits, numticks=99))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 def mark_kept(axes: Any, row: Row, colour: str) -> None:
@@ -192,7 +183,7 @@ def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
 
 def plot_one(row: Row) -> Picture:
     """Plot accuracy and loss of one setting in training and validation, the kept epochs and, below, the learning rate."""
-    colour, _ = line_of(row.number)
+    s, (colour, _) = row.setting, line_of(row.number)
     dotted = (MUTED, (0, (1.5, 1)))
 
     def paint(figure: Any) -> None:
@@ -210,11 +201,13 @@ def plot_one(row: Row) -> Picture:
                                for (values, line), part in zip(curves, ("training", "validation"), strict=True)])  # fmt: skip
         plot_curves(below, row.curves("lr")[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr")
-        if row.setting.lr_decay == "step":
-            _log_scale(below, (1,))
+        if s.lr_decay == "step":
+            below.set_yscale("log")
+            below.set_yticks([s.lr * s.lr_factor**falls for falls in range(1 + len(s.lr_milestones))])
+            below.minorticks_off()
         else:
-            below.set(ylim=(0, None), yticks=(0, row.setting.lr))
-            below.yaxis.set_major_formatter("{x:g}")
+            below.set(ylim=(0, None), yticks=(0, s.lr))
+        below.yaxis.set_major_formatter("{x:g}")
 
     alt = f"{row.name}: accuracy and loss in training and validation by epoch, the learning rate below"
     return draw(f"{row.number + 1}-{slug(row.name)}", alt, (3.7, 3.6), paint)
@@ -251,6 +244,8 @@ def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
 
 def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
     """Plot how large the outputs of the blocks are in the untrained networks, one of each group, or the gradients there."""
+    from matplotlib.ticker import LogLocator
+
     title = "backward: gradients, last block = 1" if back else "forward: outputs of the blocks"
     first = 0 if back else 1  # the number of the first block shown
     lines = []
@@ -263,7 +258,11 @@ def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
         axes = figure.subplots()
         for sizes, _, (colour, dashes) in lines:
             axes.plot(np.arange(first, first + len(sizes)), sizes, color=colour, linestyle=dashes)
-        _log_scale(axes, (1, 2, 3, 5))
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 2e4 * low else (1,), numticks=99))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
@@ -278,7 +277,7 @@ def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
     """Plot how many images of each true class (rows) were taken for each class (columns)."""
     from matplotlib.patches import Rectangle
 
-    names, counts = list(metrics["per_class"]), np.array(metrics["confusion"])
+    names, counts = [shortened(name, 18) for name in metrics["per_class"]], np.array(metrics["confusion"])
     side = min(12, max(4.4, 0.4 * len(names) + 0.8))
 
     def paint(figure: Any) -> None:

@@ -85,7 +85,8 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
         with Image.open(io.BytesIO(base64.b64decode(mistake["png"])), formats=("PNG",)) as image:
             sheet.paste(image.convert("RGB").resize((96, 96), Image.Resampling.NEAREST), place)
         percent = f"{100 * mistake['probability']:.1f}".replace("100.0", "> 99.9")
-        text = f"{mistake['label']}\ntaken for {mistake['predicted']}\n{percent} %"
+        label, taken = (plots.shortened(mistake[key], 18) for key in ("label", "predicted"))
+        text = f"{label}\n→ {taken}\n{percent} %"
         pen.text((place[0], place[1] + 98), text, INK, font)
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
     return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
@@ -195,7 +196,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "comparison_columns": findings.COMPARISON_COLUMNS,
         "comparisons": [findings.comparison_cells(each) for each in compared],
         "findings": findings.findings(rows, best), "photos": cards,
-        "notes": findings.notes(rows, baseline, groups) | {"photos": photo_note},
+        "notes": findings.notes(rows, baseline, groups, compared) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": text_of_words,

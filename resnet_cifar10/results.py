@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, StrictInt
+from pydantic import BaseModel
 
 from .files import read_json, validated
 from .run_folder import read_metrics
@@ -78,16 +78,16 @@ class Row:
         return np.stack([column[: min(map(len, columns))] for column in columns])
 
 
-class _Class(BaseModel):
+class _Class(BaseModel, strict=True):
     recall: float
     precision: float
     n: int
 
 
-class _Measured(BaseModel):  # what is needed of a split; the rest is for readers
+class _Measured(BaseModel, strict=True):  # what is needed of a split; the rest is for readers
     accuracy: float
     n: int
-    interval_95: tuple[float, float]
+    interval_95: list[float]
     calibration_error: float
     calibration_error_scaled: float
     negative_log_likelihood: float
@@ -97,8 +97,8 @@ class _Measured(BaseModel):  # what is needed of a split; the rest is for reader
     confusion: list[list[int]]
 
 
-class _Result(BaseModel):
-    best_epoch: StrictInt
+class _Result(BaseModel, strict=True):
+    best_epoch: int
     parameters: int
     train_minutes: float
     validation: _Measured | None
@@ -228,10 +228,10 @@ def equal_to(best: Row, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row is not best and np.isclose(np.mean(row.accuracies("validation") or np.nan), top)]
 
 
-def differing(a: Row, b: Row) -> list[str]:
-    """List the keys in which two settings differ."""
-    keys = [key for key in Setting.model_fields if key not in ("name", "seeds")]
-    return [key for key in keys if getattr(a.setting, key) != getattr(b.setting, key)]
+def differing(a: Row, b: Row) -> list[tuple[str, Any, Any]]:
+    """List the keys in which two rows differ, each with the values of both."""
+    ours, theirs = (row.setting.model_dump(exclude={"name"}) | {"framework": row.framework} for row in (a, b))
+    return [(key, ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]]
 
 
 def baseline_of(rows: Sequence[Row]) -> Row | None:
@@ -259,7 +259,7 @@ class Comparison:
     def told(self) -> str:
         """Whether the seeds tell the two apart."""
         if self.p is None:
-            return f"one seed of {join(self.single)}" if self.single else "the seeds of neither vary"
+            return f"one seed of {'each' if self.single[1:] else self.single[0]}" if self.single else "neither's seeds vary"
         return "yes" if self.stands else "by itself only" if self.p < 0.05 else "no"
 
 

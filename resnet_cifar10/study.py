@@ -275,12 +275,12 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
 def _other_models(setting: Setting, seed: int, folder: Path, training: Split, read: Reader,
                   to_come: Set[Path] = frozenset()) -> tuple[Tensors | None, Trained | None]:  # fmt: skip
     """Load the first weights, which a run that has begun no longer needs, and the teacher; None: no such one, or to come."""
-
     start = teacher = None
     if setting.start_from and not has_checkpoint(folder) and not _runs_of(setting.start_from) & to_come:
         start = _first_weights(setting, seed, training, read)
     if setting.teacher and not _runs_of(setting.teacher) & to_come:
-        teacher = _teacher(setting, seed, training, read)
+        teacher = _other_model("teacher", setting, seed, training, read)
+        _check_classes(f"setting '{setting.name}': key 'teacher': {setting.teacher}", teacher[1], training)
     return start, teacher
 
 
@@ -315,13 +315,6 @@ def _first_weights(setting: Setting, seed: int, training: Split, read: Reader) -
         raise ValueError(f"setting '{setting.name}': key 'start_from': {setting.start_from} has the {wrong[0]} "
                          f"{there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says")  # fmt: skip
     return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
-
-
-def _teacher(setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
-    """Load the teacher, which must tell the same classes."""
-    network, config = _other_model("teacher", setting, seed, training, read)
-    _check_classes(f"setting '{setting.name}': key 'teacher': {setting.teacher}", config, training)
-    return network, config
 
 
 def _check_classes(where: str, config: dict[str, Any], data: Split) -> None:

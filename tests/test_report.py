@@ -203,7 +203,7 @@ def test_the_only_finished_setting_is_not_called_the_best(tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Path, tmp_path: Path) -> None:
-    assert "none: each run equals an uninterrupted one" in (out / "report.md").read_text()
+    assert "none; each run equals an uninterrupted one" in (out / "report.md").read_text()
     folder = write_run(tmp_path / "study", ONE, 0, None)
     facts = json.loads((folder / "environment.json").read_text())
     write_json(folder / "environment.json", facts | {"not_bit_exact": "resumed after epoch 3 with a change of threads"})
@@ -262,6 +262,11 @@ def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
     for goal, said in ((92.0, "reached by Setting #2 and Setting #3."), (99.0, "reached by no setting.")):
         text = report([study], tmp_path / "out", goal=goal).with_suffix(".md").read_text()
         assert f"At least {goal:g} % were asked for: {said}" in text and f"--goal {goal:g}\n" in text + "\n"
+    for folder in study.glob("*/seed-*"):
+        if (folder / "result.json").exists():
+            change(folder / "result.json", validation=None)
+    text = report([study], tmp_path / "out", goal=92).with_suffix(".md").read_text()
+    assert "held out to choose by. At least 92 % were asked for: reached by Setting #2 and Setting #3." in text
 
 
 def test_welch() -> None:
@@ -285,7 +290,7 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     assert "<em>overshoot</em>" in page and "<script>alert" not in page
     assert "*overshoot*" in text and "--words" in text
     assert "<h1>Steps &amp; their &lt;size&gt;</h1>" in page and text.startswith("# Steps \\& their \\<size\\>\n")
-    assert "3 seeds a setting" in text
+    assert "3 seeds a setting" in text and "Welch's t test" in text and "With one seed on a side" not in text
     (tmp_path / "words.md").write_text("# A title alone")
     assert "<h1>A title alone</h1>" in report([tmp_path / "study"], tmp_path / "out", words=tmp_path / "words.md").read_text()
 
@@ -300,6 +305,18 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
     found = [" against ".join(pair) for pair in comparisons((tmp_path / "out" / "report.md").read_text())]
     assert sorted(found) == ["Adam against Base", "Bare against Base", "Slow against Base", "Slow and bare against Bare",
                              "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
+    write_run(tmp_path / "study", ONE.model_copy(update={"name": "Slow", "lr": 0.01}), 1, 90.0, 90.0, framework="tensorflow")
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    twins = comparisons(text)["Slow (TensorFlow)", "Slow (PyTorch)"]
+    assert (twins[0], twins[-1]) == ("framework TensorFlow instead of PyTorch", "one seed of each") and "Welch" not in text
+
+
+def test_many_settings_of_one_seed_are_counted_in_the_answer(tmp_path: Path) -> None:
+    for n in range(8):
+        write_run(tmp_path / "study", ONE.model_copy(update={"name": f"Row {n}", "lr": (n + 1) / 10}), 0, 90.0, 90.0 - n)
+    write_run(tmp_path / "study", ONE.model_copy(update={"name": "Row 0", "lr": 0.1}), 1, 91.0)
+    answer = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text().splitlines()[2]
+    assert "7 settings were run once each" in answer and "Row 3" not in answer
 
 
 def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
@@ -417,6 +434,8 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     write_run(tmp_path / "copy", ONE, 0, 89.0, source="CIFAR-10 (JPEG quality 75 copy)")
     page = report([tmp_path / "copy"], tmp_path / "out")
     assert all("detail that the copy has lost" in file.read_text() for file in (page, page.with_suffix(".md")))
+    write_run(tmp_path / "own", ONE, 0, 89.0, source="pets (JPEG copy)")
+    assert "CIFAR-10" not in report([tmp_path / "own"], tmp_path / "pets").read_text()
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
     assert "The number at a curve" in (out / "report.html").read_text() and "The number at a curve" not in page.read_text()
 
@@ -495,6 +514,11 @@ def drop_a_recall(run: Path) -> None:
     (run / "result.json").write_text(result.replace('"recall"', '"recalled"', 1))
 
 
+def quote_a_count(run: Path) -> None:
+    result = (run / "result.json").read_text()
+    (run / "result.json").write_text(result.replace('"n": 5000', '"n": "5000"'))
+
+
 def rename_a_class(run: Path) -> None:
     result = (run / "result.json").read_text()
     (run / "result.json").write_text(result.replace('"cat"', '"lynx"'))
@@ -512,6 +536,7 @@ def rename_a_class(run: Path) -> None:
     (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
     (lambda study: change(study / RUN / "result.json", best_epoch="5"), "result.json: damaged: key 'best_epoch': found '5'"),
     (lambda study: change(study / RUN / "result.json", test={"accuracy": 90}), "result.json: damaged: key 'test.n'"),
+    (lambda study: quote_a_count(study / RUN), "result.json: damaged: key 'validation.n': found '5000'"),
     (lambda study: drop_a_recall(study / RUN), "result.json: damaged: key 'validation.per_class.airplane.recall' is missing"),
     (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
     (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),

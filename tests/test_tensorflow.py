@@ -122,8 +122,9 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: An
 
 
 def train(folder: Path, *options: str, status: int = 0) -> Ended:
-    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 2\nvalidation_size = 200\nbatch_size = 32\n'
-                                       'lr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\ncompile = false\n')  # fmt: skip
+    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 2\nvalidation_size = 200\n'
+                                       'batch_size = 32\nlr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\n'
+                                       'compile = false\n')  # fmt: skip
     table = ("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs")
     return run(*table, "--framework", "tensorflow", *options, status=status)
 
