@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -39,6 +40,12 @@ EXTRAS = {  # of pyproject.toml, each with its packages by the names that are im
     "pytorch": (),  # comes with "train"
 }
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"resnet-cifar10 {metadata.version('resnet-cifar10')}")
 
 
 @app.command()
@@ -176,7 +183,8 @@ def _photos(arguments: list[str]) -> list[str]:
             inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
                             and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip
         if not inside:
-            raise ValueError(f"{path}: holds no photo; allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")
+            raise ValueError(f"{path}: holds no photo of its own, and folders in it are not looked into; "
+                             f"allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")  # fmt: skip
         names += inside
     return names
 

@@ -60,14 +60,15 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> f
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Find the T that minimises the negative log-likelihood of logits / T (Guo et al. 2017, section 4.2).
 
-    Without a mistake there is no minimum, and the T found would make every answer certain: then it is 1.
+    Without a mistake there is no minimum, and every answer would be made certain: then each of the n images is taken to be
+    named wrongly with probability 1 / (n + 2), Laplace's rule of succession.
     """
-    if accuracy(logits, labels) == 100:
-        return 1.0
+    n, classes = logits.shape
+    smoothing = classes / (classes - 1) / (n + 2) if accuracy(logits, labels) == 100 else 0.0
     low, high = -3.0, 3.0  # of log T; the likelihood has one minimum, so each third that is dropped is the wrong one
     for _ in range(60):
         a, b = low + (high - low) / 3, high - (high - low) / 3
-        left, right = (negative_log_likelihood(logits / math.exp(t), labels) for t in (a, b))
+        left, right = (F.cross_entropy(logits.double() / math.exp(t), labels, label_smoothing=smoothing) for t in (a, b))
         low, high = (low, b) if left < right else (a, high)
     return math.exp((low + high) / 2)
 

@@ -59,9 +59,12 @@ def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
     if any(path.rglob("*.parquet")):
         return _from_parquet(path, split, processes)
     if any((path / part).is_dir() for part in BATCHES):
+        for entry in path.iterdir():
+            if entry.is_dir() and entry.name.lower().startswith(("train", "val", "test")) and entry.name not in BATCHES:
+                raise ValueError(f"{path}: found {entry.name}; allowed: train, val and test, spelt like this")
         return _from_class_folders(path, split, processes)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
-    allowed = f"{ARCHIVE}, data_batch_1..5 and test_batch, parquet files, or train/<class>/*"
+    allowed = f"{ARCHIVE}, data_batch_1..5 and test_batch, parquet files, or train/<class>/* (to evaluate, test/<class>/*)"
     raise ValueError(f"{path}: found {found}; allowed: {allowed}")
 
 

@@ -177,6 +177,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         **finish(folder / "model", network, config, validation, read("test"), device),
     }  # fmt: skip
     write_json(folder / "result.json", result)
+    print(f"{name}: the model is in {folder / 'model'}", flush=True)
     return result
 
 

@@ -144,6 +144,9 @@ def test_class_folders_without_validation_or_test(class_folders):
     shutil.rmtree(class_folders / "test")
     assert len(load(class_folders, "train")) == 18
     assert load(class_folders, "val") is None and load(class_folders, "test") is None
+    (class_folders / "validation").mkdir()  # else its images would be left out without a word
+    with pytest.raises(ValueError, match="found validation; allowed: train, val and test"):
+        load(class_folders, "val")
 
 
 def test_hidden_files_and_folders_are_neither_images_nor_classes(class_folders):

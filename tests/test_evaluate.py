@@ -126,8 +126,11 @@ def test_temperature_undoes_a_scaling_of_calibrated_logits(factor):
     assert ev.calibration_error(factor * logits / temperature, labels) < 1.5
 
 
-def test_without_a_mistake_the_temperature_makes_no_answer_more_certain():
-    assert ev.fit_temperature(torch.tensor([[0.3, 0.0], [0.0, 0.2]]), torch.tensor([0, 1])) == 1
+@pytest.mark.parametrize("size", [0.5, 10.0])
+def test_without_a_mistake_one_image_in_n_plus_2_is_taken_to_be_one(size):
+    logits = size * torch.eye(5).repeat(10, 1)
+    probabilities = (logits / ev.fit_temperature(logits, logits.argmax(1))).softmax(1)
+    assert float(probabilities.max(1).values.mean()) == pytest.approx(51 / 52, abs=1e-3)
 
 
 # --- the interval ---

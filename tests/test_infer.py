@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COLOURS, CONFIG, ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resnet_cifar10.data import Split
 from resnet_cifar10.export import describe, member_photos, mistakes, rejection_threshold
@@ -175,7 +175,7 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
     photo.save(tmp_path / "photo.jpg")
     classifier = Classifier("resnet32")
     with Image.open(tmp_path / "photo.jpg") as image:
-        small = np.asarray(image.resize((32, 32), Image.Resampling.BOX))[None]
+        small = np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.BOX))[None]
     expected = classifier.session.run(["probabilities"], {"images": small})[0][0]
     readme, card = (file.read_text().partition("```python\n")[2].partition("```")[0]
                     for file in (ROOT / "README.md", BUILT_IN / "resnet32" / "README.md"))  # fmt: skip
