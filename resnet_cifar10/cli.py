@@ -54,8 +54,8 @@ def train(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
     setting: Annotated[list[str] | None, typer.Option(help="Only this setting; repeatable.", metavar="NAME")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="This seed instead of the file's; repeatable.", metavar="N")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Instead of the file's; schedules scale with them.", metavar="N")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Instead of the file's; repeatable.", metavar="N")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the file's; schedules scale.", metavar="N")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Seeds 0 to N-1 instead of the file's.", metavar="N")

@@ -258,6 +258,14 @@ def test_the_classes_are_told_of_every_setting(out: Path) -> None:
     assert row in (out / "report.md").read_text()
 
 
+def test_a_class_without_images_has_no_accuracy(tmp_path: Path) -> None:
+    file = write_run(tmp_path / "study", ONE, 0, 90.0) / "result.json"
+    test = json.loads(file.read_text())["test"]
+    test["per_class"]["cat"]["n"] = 0
+    change(file, test=test)
+    assert "| cat, 0 | – | 90.0 |" in report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+
+
 def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
     for goal, said in ((92.0, "reached by Setting #2 and Setting #3."), (99.0, "reached by no setting.")):
         text = report([study], tmp_path / "out", goal=goal).with_suffix(".md").read_text()
