@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, encoded
 
 from resnet_cifar10.data import Split, batches
 from resnet_cifar10.run_folder import read_metrics
@@ -20,10 +21,11 @@ from resnet_cifar10.settings import load_settings
 from resnet_cifar10.sources import load
 from resnet_cifar10.study import split_data
 from resnet_cifar10.train import Learner, train
+from torture.inputs import noise, write_parquet
 from torture.training import contents
 
 LONG = "LONG" in os.environ
-ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
 SEVERAL_HOSTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 EPOCHS = 3 if LONG else 2
 TABLE = f"""
@@ -31,22 +33,37 @@ TABLE = f"""
 name = "Shared"
 model = "resnet8"
 width = 8
-batch_size = 24
+batch_size = 8
 lr = 0.02
 epochs = {EPOCHS}
 normalization = "sync_batch"
 augmentation = "crop_flip"
-validation_size = 238  # leaves 1,200 images, 50 steps an epoch
+validation_size = 38  # leaves 400 images, 50 steps an epoch
 precision = "float64"
 compile = false
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
 
 
+PROGRAM = """
+import time
+from resnet_cifar10 import cli, export, files
+export.export = lambda model, out: (time.sleep(2), files.write(out, b"no graph"))
+export.Classifier, export.rejection_threshold = lambda folder: None, lambda classifier, images: 0.0
+cli.main()
+"""
+
+
 def start(out: Path, *launcher: str, table: str = TABLE, **environment: str) -> subprocess.Popen[str]:
-    (out.parent / "table.toml").write_text(table)
+    here = out.parent
+    for name, content in (("table.toml", table), ("program.py", PROGRAM)):
+        (here / name).write_text(content)
+    for part, count in (("train", 438), ("test", 20)):
+        images, labels = noise(count, 1)
+        write_parquet(here / "data" / f"{part}.parquet", [encoded(image, "PNG") for image in images], labels)
+    program, settings, data = (str(here / name) for name in ("program.py", "table.toml", "data"))
     return subprocess.Popen(
-        [*launcher, "-m", "resnet_cifar10", "train", str(out.parent / "table.toml"), "--data", "digits", "--out", str(out)],
+        [*launcher, program, "train", settings, "--data", data, "--out", str(out)],
         env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -103,7 +120,7 @@ def test_each_image_is_seen_once_an_epoch_in_the_batch_of_a_single_process(n: in
 def test_the_loss_after_50_steps_does_not_depend_on_the_number_of_processes(tmp_path: Path, undisturbed: Path) -> None:
     two = read_metrics(undisturbed)[0]
     (setting,) = load_settings(undisturbed.parents[2] / "table.toml")
-    images = split_data(setting, 0, partial(load, "digits"))
+    images = split_data(setting, 0, partial(load, undisturbed.parents[2] / "data"))
     alone = Learner(setting, 0, images[0], "cpu", "float64", compiled=False)
     others = {1: next(train(alone, setting, 0, *images))[0]}  # in this process
     if LONG:

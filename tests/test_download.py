@@ -207,7 +207,7 @@ def test_goes_on_where_the_transfer_broke(
     tmp_path: Path, serve: Callable[..., Mirror], monkeypatch: pytest.MonkeyPatch, first: Answer
 ) -> None:
     mirror = serve(first, serve_content)
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 1)
     download(tmp_path, mirror.url)
     assert files(tmp_path) == {NAME: CONTENT}
     assert mirror.ranges == [None, "bytes=200000-"]
@@ -253,7 +253,7 @@ def test_a_mirror_that_fails_is_named_with_the_reason_and_the_next_one_delivers(
 ) -> None:
     bad, good = serve(answer), serve(serve_content)
     monkeypatch.setattr(room, "MIRRORS", (bad.url, good.url))
-    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 1.5 if answer is say_nothing else 10)
+    monkeypatch.setattr(room, "TIMEOUT_SECONDS", 0.5 if answer is say_nothing else 10)
     download(tmp_path, None)
     assert files(tmp_path) == {NAME: CONTENT}
     out = capsys.readouterr().out

@@ -51,9 +51,12 @@ def cli(*arguments: str | Path, stdin: bytes = b"") -> tuple[int, str, str]:
 
 def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.png")
-    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from resnet_cifar10.cli import main; main()"
+    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from resnet_cifar10 import cli, serve; cli.main()"
     arguments = ["infer", "photo.png", "--model", model, "--json", "--figure", "figure.png"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (home := tmp_path / "home").mkdir()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"HOME": str(home)},
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert not [*home.iterdir()]
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)
     assert list(answer) == ["file", "label", "probabilities", "membership", "rejected"]
@@ -65,15 +68,6 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
                              cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "needs torch, onnx: pip install 'resnet-cifar10[train]'" in refused.stderr
-
-
-def test_nothing_is_written_to_the_home_folder(model: Path, photo: Image.Image, tmp_path: Path) -> None:
-    photo.save(tmp_path / "photo.png")
-    home = tmp_path / "home"
-    home.mkdir()
-    command = [sys.executable, "-m", "resnet_cifar10", "infer", str(tmp_path / "photo.png"), "--model", str(model)]
-    subprocess.run(command, env=os.environ | {"HOME": str(home)}, capture_output=True, check=True)
-    assert list(home.rglob("*")) == []
 
 
 def saved(image: Image.Image, kind: str, **options: Any) -> io.BytesIO:
@@ -188,14 +182,14 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
 
 
 def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
     threshold = rejection_threshold(Classifier(model), images)
     assert rejection_threshold(Classifier(model), images) == threshold
     save_model(tmp_path, ResNet(8, 3), CONFIG | {"rejection_threshold": threshold})
     (tmp_path / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
     classifier = Classifier(tmp_path)
     photos = list(member_photos(images))
-    assert sum(classifier.classify(views(photo)).rejected for photo in photos) == 5
+    assert sum(classifier.classify(views(photo)).rejected for photo in photos) == 2
     assert {photo.size for photo in photos} >= {(128, 128), (171, 128), (128, 192), (228, 128)}
 
 
@@ -359,7 +353,7 @@ def test_an_empty_argument_is_not_the_current_folder(arguments: tuple[str, ...])
     assert cli(*arguments) == (2, "", "error: found an empty argument, perhaps a variable that is not set; allowed: a value\n")
 
 
-@pytest.mark.parametrize("delay", [0.15, 0.3, 0.45, 0.6, 0.9, 1.2])
+@pytest.mark.parametrize("delay", [0.15, 0.45, 0.9])
 def test_an_early_ctrl_c_ends_without_a_traceback(model: Path, photo: Image.Image, tmp_path: Path, delay: float) -> None:
     photo.save(tmp_path / "a.png")
     command = [sys.executable, "-m", "resnet_cifar10", "infer", *[str(tmp_path / "a.png")] * 5000, "--model", str(model)]

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import run
@@ -47,8 +49,9 @@ augmentation = "photo_flip"
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """Everything of a study that must not depend on where it ran."""
-    return {str(done.parent.relative_to(out)): contents(done.parent) for done in out.glob("*/seed-*/result.json")}
+    """Everything of a study that must not depend on where it ran; the graph is made of the weights."""
+    return {f"{done.parent.relative_to(out)}/{name}": content for done in out.glob("*/seed-*/result.json")
+            for name, content in contents(done.parent).items() if name[:6] != "model/" or "safetensors" in name}  # fmt: skip
 
 
 def kill_group(node: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
@@ -106,17 +109,13 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.usefixtures("quick_export")
 def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
     tmp_path: Path, nodes: tuple[str, list[subprocess.Popen[bytes]]]
 ) -> None:
     (address, started), settings = nodes, tmp_path / "table.toml"
     settings.write_text(TABLE)
     run("train", settings, "--data", "digits", "--out", tmp_path / "here", "--seeds", str(SEEDS))
-
-    process = start(settings, tmp_path / "ray", "--ray", address, "--cpus", "1000")
-    _, errors = process.communicate()
-    assert (process.returncode, errors.count("\n")) == (2, 1), errors
-    assert "--cpus, --gpus: found 1000, " in errors and not (tmp_path / "ray").exists()
 
     process = start(settings, tmp_path / "ray", "--ray", address)
     working(tmp_path / "ray", process)
@@ -135,7 +134,7 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
     assert process.returncode == 0, output + errors
     assert output.count(": done") == 2 * SEEDS
     assert outcome(tmp_path / "ray") == outcome(tmp_path / "here")
-    assert len(outcome(tmp_path / "ray")) == 2 * SEEDS
+    assert len([*tmp_path.glob("ray/*/*/result.json")]) == 2 * SEEDS
     for folder, rows in before.items():  # with their times: no epoch was done again, but one that had no checkpoint yet
         assert read_metrics(folder)[: len(rows) - 1] == rows[:-1]
         assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == ""
@@ -166,3 +165,11 @@ def test_damaged_metrics_end_their_own_run_alone(tmp_path: Path) -> None:
     console = Console(record=True, force_terminal=True, width=100, file=io.StringIO())
     console.print(table)
     assert "Torn [/b] :cat:, seed 0" in console.export_text()  # a name is no markup
+
+
+def test_more_than_a_node_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}] * 2)
+    monkeypatch.setattr("resnet_cifar10.cluster._ray", lambda address: nullcontext(cluster))
+    (tmp_path / "table.toml").write_text(TABLE)
+    command = ("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", "--ray", "--cpus", "1000")
+    assert "--cpus, --gpus: found 1000, " in run(*command, status=2).err and not (tmp_path / "runs").exists()

@@ -237,13 +237,13 @@ def test_when_all_places_are_taken_the_next_is_told_to_come_back_and_none_is_los
     good(strict)
 
 
-def test_of_500_photos_from_32_clients_none_is_lost(model: Path) -> None:
+def test_of_many_photos_from_32_clients_none_is_lost(model: Path) -> None:
     def client(requests: int) -> list[dict[str, Any]]:
         return [good(port) for _ in range(requests)]
 
     with running(model, IN_FLIGHT=24) as (port, _), ThreadPoolExecutor(32) as pool:
-        answers = [answer for answers in pool.map(client, [16] * 20 + [15] * 12) for answer in answers]
-        assert len(answers) == 500
+        answers = [answer for answers in pool.map(client, [4] * 32) for answer in answers]
+        assert len(answers) == 128
         assert all(answer == answers[0] for answer in answers)
         assert good(port) == answers[0]
         assert ask(port, "GET", "/healthz")[0] == 200

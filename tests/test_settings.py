@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, one_line
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from resnet_cifar10.settings import Setting, load_settings, slug
@@ -264,7 +263,6 @@ EDITS = st.lists(
 )
 
 
-@examples(max_examples=400)
 @given(edits=EDITS)
 def test_a_damaged_table_gives_settings_or_one_line(edits, tmp_path_factory):
     content = ASSIGNMENT.read_bytes()

@@ -43,8 +43,3 @@ def test_the_core_does_not_know_tensorflow() -> None:
         assert module not in CORE or "tensorflow" not in ast.dump(tree).lower()
     loaded = "import sys, resnet_cifar10.cli, resnet_cifar10.study; print({'tensorflow', 'keras'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "set()\n"
-
-
-def test_inference_needs_no_pytorch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import resnet_cifar10.cli, resnet_cifar10.figure, resnet_cifar10.serve"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,8 +1,10 @@
 """The short form of the torture suite, and that each of its rows can fail."""
 
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from conftest import ROOT
 from resnet_cifar10 import sources
 from torture import inputs
 from torture.broken import BROKEN
+from torture.harness import Failed, Row, run
 
 
 def test_the_short_form_finds_nothing_and_every_row_notices_a_product_that_is_broken_on_purpose(tmp_path: Path) -> None:
@@ -29,27 +32,16 @@ def test_the_short_form_finds_nothing_and_every_row_notices_a_product_that_is_br
             assert re.search(rf"^{row}: {re.escape(what)}: (caught|SKIPPED) ", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_a_failure_comes_again_with_the_command_that_is_printed_with_it() -> None:
-    code = """
-import sys
-from torture import __main__ as torture
-from torture.harness import Failed, Row
+def test_a_failure_comes_again_with_the_command_that_is_printed_with_it(tmp_path: Path) -> None:
+    def trials(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
+        yield
+        raise Failed(rng.random())
 
-def trials(rng, count, folder):
-    yield
-    raise Failed(rng.random())
-
-torture.ROWS[:] = [Row("toy", "", "", 12, trials, batch=4)]
-torture.training.Ground.build = lambda self: vars(self).update(seconds=0.0, whole_seconds=0.0)  # nothing is trained
-for options in ("--scale 1 --seed 3", "--only toy --seed 3 --batch 2"):
-    sys.argv[1:] = options.split()
-    torture.main()
-"""
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    *found, again = re.findall("FAILED: (.*)", printed)
-    assert len(set(found)) == 3
-    assert again == found[2]
-    assert again.endswith("again: python -m torture --only toy --seed 3 --batch 2")
+    (tmp_path / "again").mkdir()
+    row = Row("toy", "", "", 12, trials, batch=4)
+    found = run(row, 3, 12, tmp_path).failures
+    assert len(set(found)) == 3 and found[2].endswith("again: python -m torture --only toy --seed 3 --batch 2")
+    assert run(row, 3, 12, tmp_path / "again", only=2).failures == found[2:]
 
 
 @pytest.mark.parametrize("name", inputs.BAD_BATCHES)
@@ -60,12 +52,3 @@ def test_a_bad_batch_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "test_batch").write_bytes(bad if isinstance(bad, bytes) else inputs.bad_batch_of(bad))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         sources.load(tmp_path, "test")
-
-
-@pytest.mark.parametrize("kind", ["rows", "dictionary"])
-def test_a_parquet_bomb_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs.training.GROUND, "folder", tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.parquet").write_bytes(inputs.parquet_bomb(kind))
-    with pytest.raises(ValueError, match="allowed: at most" if kind == "rows" else "more than"):
-        sources.load(tmp_path / "data", "train")
