@@ -97,7 +97,8 @@ def start(settings: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
 def working(out: Path, process: subprocess.Popen[str]) -> dict[int, Path]:
     """Wait until two runs have an epoch behind them and go on; give the process and the folder of each."""
     while process.poll() is None:
-        found = {int(lock.read_text().split()[1]): lock.parent for lock in out.glob("*/*/.lock") if lock.read_text()}
+        held = {lock.parent: lock.read_text().split() for lock in out.glob("*/*/.lock")}
+        found = {int(words[1]): folder for folder, words in held.items() if words}
         alive = {pid: folder for pid, folder in found.items() if Path(f"/proc/{pid}").exists()}
         if len(alive) == 2 and all((folder / "metrics.csv").exists() for folder in alive.values()):
             return alive
