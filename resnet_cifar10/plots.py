@@ -91,7 +91,7 @@ def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) 
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
     epochs = np.arange(1, curves.shape[1] + 1)
     axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1], marker="o" if len(epochs) == 1 else None)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(curves) > 1:
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
 
@@ -150,7 +150,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             ends.append((curves.shape[1], float(mean[-1]), text, line))
         if enlarged:
             axes.set(xlim=(min(starts), None), ylim=(bottom, max(curves.max() for _, curves, *_ in told) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_title(title, loc="left")
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
@@ -263,7 +263,7 @@ def plot_signals(groups: Sequence[Sequence[Row]], *, back: bool) -> Picture:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 2e4 * low else (1,), numticks=99))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_title(title, loc="left")
         axes.set(xlabel="blocks back from the last" if back else "block", ylabel="root mean square")
         label_ends(axes, [(first + len(sizes) - 1, float(sizes[-1]), name, line) for sizes, name, line in lines])

@@ -262,5 +262,6 @@ def serve(model: str, host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     print(f"Open http://{_in_url(host)}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
     config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[listener])

@@ -140,7 +140,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
         print(f"{name}: {message}", flush=True)
-    print(f"{name}: {setting.model}; {training.source}: {len(training):,} training and {len(validation):,} validation images; "
+    first = f", first weights of {setting.start_from}" if setting.start_from else ""
+    print(f"{name}: {setting.model}{first}; {training.source}: {len(training):,} training and {len(validation):,} validation images; "
           f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
           f"{', compiled (the first time takes a minute)' if compiled else ''}"
           f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip

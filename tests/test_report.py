@@ -672,6 +672,7 @@ def test_the_cells_of_an_unusual_setting() -> None:
                   augmentation="none")  # fmt: skip
     assert cells(Row(0, "a", odd, [])) == ["Plain20, width 32 (pre-activation)", "128", "ReLU", "He_normal", "SGD", "0.1",
                                            "200", "Batch Norm", "X", "X", "X", "–", "–", ""]  # fmt: skip
+    assert cells(Row(0, "a", odd.model_copy(update={"start_from": "resnet32"}), []))[3] == "Pretrained"
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -338,6 +340,18 @@ def test_what_cannot_be_served_is_said_in_one_line(model: Path) -> None:
             with pytest.raises(ValueError, match=reason) as error:
                 serve(name, host, number)
             assert str(error.value).isprintable()
+
+
+def test_ctrl_c_ends_the_server_without_a_word(model: Path) -> None:
+    command = [sys.executable, "-m", "resnet_cifar10", "serve", "--model", str(model), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r":(\d+) ", process.stdout.readline())
+        assert found
+        good(int(found[1]))
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
 
 
 # --- in a browser ---
