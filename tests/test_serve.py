@@ -468,6 +468,30 @@ def test_the_keyboard_is_enough(browser: Any, port: int) -> None:
         assert page.get_by_alt_text("bright where it spoke most").is_visible()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_that_is_written_can_be_read(browser: Any, port: int, scheme: str) -> None:
+    lowest = """() => {
+        const brightness = colour => {
+            const linear = colour.match(/[\\d.]+/g).map(v => v / 255).map(v => v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+            return 0.05 + 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+        };
+        const paper = element => {
+            const colour = getComputedStyle(element).backgroundColor;
+            return colour === "rgba(0, 0, 0, 0)" ? paper(element.parentElement) : colour;
+        };
+        const written = [...document.querySelectorAll("body *")].filter(element => element.checkVisibility()
+            && [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.data.trim()));
+        const ratios = written.map(element => brightness(getComputedStyle(element).color) / brightness(paper(element)));
+        return [brightness(paper(document.body)), Math.min(...ratios.map(ratio => Math.max(ratio, 1 / ratio)))];
+    }"""
+    with opened(browser, port, color_scheme=scheme) as page:
+        page.get_by_label("Choose photos").set_input_files([file("a.png"), file("b.png", b"dear diary")])
+        cards(page, 2)
+        paper, contrast = page.evaluate(lowest)
+    assert (paper > 0.5) == (scheme == "light")
+    assert contrast >= 4.5  # WCAG 2.2, 1.4.3
+
+
 def test_what_is_none_of_them_is_said_so_even_when_the_server_is_busy(browser: Any, strict: int) -> None:
     with opened(browser, strict, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True) as page:
         page.get_by_text("Take a photo").wait_for()
