@@ -472,7 +472,8 @@ def test_the_keyboard_is_enough(browser: Any, port: int) -> None:
 def test_all_that_is_written_can_be_read(browser: Any, port: int, scheme: str) -> None:
     lowest = """() => {
         const brightness = colour => {
-            const linear = colour.match(/[\\d.]+/g).map(v => v / 255).map(v => v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+            const parts = colour.match(/[\\d.]+/g).map(part => part / 255);
+            const linear = parts.map(part => part <= 0.04 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
             return 0.05 + 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
         };
         const paper = element => {
