@@ -44,7 +44,7 @@ def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> li
         texts: dict[str, list[str]] = {}
         for name, terms in described:
             texts.setdefault(terms[term], []).append(name)
-        ranked = sorted(texts.items(), key=lambda each: len(each[1]) > FEW)
+        ranked = sorted(texts.items(), key=lambda each: len(each[1]) if len(each[1]) > FEW else 0)
         said = [f"{join(names)}: {text}" for text, names in ranked[:-1]]
         text, names = ranked[-1]
         said.append(text if not said else f"{join(names) if len(names) <= FEW else 'The others'}: {text}")
