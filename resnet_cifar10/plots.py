@@ -234,6 +234,7 @@ def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
         left, right = axes.get_xlim()
         axes.set_xticks([tick for tick in TICKS if left < tick < right])
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params("x", labelsize="small")
         axes.set_yticks(range(len(told)), [shortened(each.row.name) for each, *_ in told])
         axes.set(xlabel=f"test accuracy against {shortened(baseline.name)} (points)", ylim=(-0.7, len(told) - 0.3))
 
