@@ -63,7 +63,8 @@ def cells(row: Row) -> list[str]:
     accuracy += [(f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
                  for run in row.runs if not run.result]  # fmt: skip
     return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
-            "Pretrained" if s.start_from else WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs), WORDS[s.normalization],
+            "Pretrained" if s.start_from else WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs),
+            WORDS[s.normalization],
             "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
             span(minutes, ".1f") or "–", span(run.result["best_epoch"] for run in row.done) or "–",
             "\n".join(accuracy)]  # fmt: skip

@@ -60,7 +60,7 @@ class Setting(BaseModel):
         parts = self.augmentation.split("_")
         checks = {
             "name": (self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
-            "model": (re.fullmatch(r"resnet[1-9]\d{0,3}", self.model) and self.depth % 6 == 2 and 8 <= self.depth <= 1202,
+            "model": (self.model in {f"resnet{depth}" for depth in range(8, 1203, 6)},
                       "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
             "augmentation": (parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts)
                                                    and not {"flip", "altflip"} <= set(parts)),

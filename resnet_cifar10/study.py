@@ -141,7 +141,8 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     for message in messages:
         print(f"{name}: {message}", flush=True)
     first = f", first weights of {setting.start_from}" if setting.start_from else ""
-    print(f"{name}: {setting.model}{first}; {training.source}: {len(training):,} training and {len(validation):,} validation images; "
+    print(f"{name}: {setting.model}{first}; "
+          f"{training.source}: {len(training):,} training and {len(validation):,} validation images; "
           f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
           f"{', compiled (the first time takes a minute)' if compiled else ''}"
           f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip
@@ -303,8 +304,8 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
     if setting.validation_size and not read("val") and same_pictures and not held_out:
         raise ValueError(f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
-                         f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}, or it "
-                         "may have learned from images that are to validate it")  # fmt: skip
+                         f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
+                         "otherwise it may have learned from the validation images of this run")  # fmt: skip
     return network, config
 
 
@@ -340,8 +341,8 @@ def joined_processes(device: str) -> Iterator[int]:
     keys = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"
     agent_store, restarts, hosts = (os.environ[key] for key in keys)
     if agent_store == "True" and restarts != "0" and hosts != "1":  # each host counts its own restarts
-        raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1, "
-                         "or restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
+        raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1. "
+                         "Without it restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
     if device == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise ValueError(f"torchrun --nproc-per-node: found {os.environ['LOCAL_WORLD_SIZE']}; allowed: at most the "

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS, CONFIG, ROOT
+from conftest import COLOURS, CONFIG, ROOT, run
 from PIL import Image, ImageOps
 
 from resnet_cifar10.data import Split
@@ -223,6 +223,14 @@ def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
     for n in (1, 3, 70):
         (probabilities,) = classifier.session.run(["probabilities"], {"images": images[:n].numpy()})
         assert np.abs(probabilities - expected[:n]).max() < 1e-5
+
+
+def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path) -> None:
+    network = ResNet(8, 3)
+    network.linear.weight.data[0, 0] = torch.nan
+    save_model(tmp_path, network, CONFIG)
+    assert "differ by nan" in run("export", tmp_path, "--out", tmp_path / "a.onnx", status=1).err
+    assert not (tmp_path / "a.onnx").exists()
 
 
 def test_a_wider_network_is_finished_and_exported_too(tmp_path: Path) -> None:
