@@ -82,7 +82,7 @@ class PillowImages(Dataset[tuple[torch.Tensor, int]]):
 def common_recipe(split: Split, depth: int, device: str, report: Report) -> None:
     """Train as most do: float32, eager, NCHW, images from DataLoader workers."""
     loader = DataLoader(PillowImages(split), BATCH, shuffle=True, num_workers=2, persistent_workers=True)
-    model = ResNet(depth).to(device)
+    model = ResNet(depth).to(device, memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4)
     while True:
         started, total = time.perf_counter(), 0.0

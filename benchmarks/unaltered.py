@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 
 from resnet_cifar10.evaluate import accuracy, wilson_interval
@@ -22,7 +21,6 @@ def main(models: list[str], data: Annotated[str, typer.Option()]) -> None:
     splits = {split: load(data, split) for split in ("train", "val")}
     for model in models:
         network, config = load_model(model)
-        network = network.to(memory_format=torch.channels_last)
         parts = split_data(Setting(**config["setting"]), config["seed"], splits.__getitem__)
         for name, part in zip(("training", "validation"), parts, strict=True):
             percent = accuracy(shown_logits(network, part.images, config, name), part.labels)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class Block(nn.Module):
             if self.stride > 1:  # every stride-th pixel, new channels zero (He et al. 2015, option A)
                 x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
             out = out + x
-        return out if self.pre else self.activation(out)  # type: ignore[no-any-return]
+        return out if self.pre else self.activation(out)
 
 
 class ResNet(nn.Module):
@@ -95,6 +96,7 @@ class ResNet(nn.Module):
         self.final_activation = act if pre else nn.Identity()
         self.linear = nn.Linear(c_in, classes)
         self._initialise(weight_init, leaky_slope if activation == "leaky_relu" else 0.0)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # each pixel's channels together: faster
 
     def _initialise(self, weight_init: str, slope: float) -> None:
         init = _choose("weight_init", weight_init, {
@@ -120,7 +122,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images [N, 3, 32, 32] to logits [N, classes]."""
-        return self.linear(self.maps(x)[1].mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.linear(self.maps(x)[1].mean(dim=(2, 3)))
 
 
 def _choose(option: str, value: str, table: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide is matrices else x.mT  # type: ignore[no-any-return]
+    return x if wide is matrices else x.mT
 
 
 class Muon(torch.optim.Optimizer):

@@ -62,9 +62,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         dtype, x = x.dtype, x.to(self.weight.dtype)
         count = torch.full((), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
         dist.all_reduce(count)
-        mean: Tensor = _Sum.apply(x.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        mean: Tensor = _Sum.apply(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance: Tensor = _Sum.apply(centred.square().sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]
+        variance: Tensor = _Sum.apply(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)

@@ -101,7 +101,7 @@ class _Worker:
         try:
             self.pipe.send_bytes(b"explain" if explain else b"")
             self.pipe.send_bytes(content)
-            return json.loads(self.pipe.recv_bytes())  # type: ignore[no-any-return]
+            return json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):  # the process has ended
             self.process.join()
             slow = self.process.exitcode == -signal.SIGPROF

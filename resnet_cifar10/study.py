@@ -169,7 +169,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     architecture, best_epoch = setting.architecture(len(training.classes)), checkpoint.state["best_epoch"]
     network = ResNet(**architecture)
     network.load_state_dict(checkpoint.part("best"))
-    network = network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.eval().to(device)
     config = {"architecture": architecture, "mean": learner.mean, "std": learner.std, "data": training.source, "seed": seed,
               "setting": setting.model_dump(), "best_epoch": best_epoch}  # fmt: skip
     result = {
@@ -238,7 +238,7 @@ def _size(setting: Setting) -> int:
 
 def pace(rows: list[dict[str, Any]]) -> float:
     """Return the usual seconds of the last epochs; of two the lower ones, for a pause or compiling is no pace."""
-    return median_low([row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]])  # type: ignore[no-any-return]
+    return median_low([row["train_seconds"] + row["validation_seconds"] for row in rows[-5:]])
 
 
 def duration(seconds: float) -> str:
@@ -383,9 +383,20 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
     """
     claims, earlier = [], set[Path]()
     for setting, seed, folder in runs:
-        claims.append((folder, _content(setting, seed, folder, read, framework, earlier)))
-        if in_order and not (folder / "result.json").exists():
-            earlier.add(folder.resolve())
+        training, validation = split_data(setting, seed, read)
+        digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
+        content = {"setting": setting.model_dump(), "seed": seed, "framework": framework, **digests}
+        if (folder / "setting.json").exists():
+            _check_claim(folder, content)
+        elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
+            raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; "
+                             "allowed: an empty folder or a run of this table")  # fmt: skip
+        if not (folder / "result.json").exists():
+            check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
+            _other_models(setting, seed, folder, training, read, earlier)
+            if in_order:
+                earlier.add(folder.resolve())
+        claims.append((folder, content))
     read("test")  # what is wrong with it is found now, not after hours
     for folder, content in claims:
         if not (folder / "setting.json").exists():
@@ -393,21 +404,6 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
                 if not (folder / "setting.json").exists():
                     write_json(folder / "setting.json", content)
         _check_claim(folder, content)  # another process may have been quicker
-
-
-def _content(setting: Setting, seed: int, folder: Path, read: Reader, framework: str, earlier: set[Path]) -> dict[str, Any]:
-    """Say what the folder is to hold, and make sure that it is free or holds this very run."""
-    training, validation = split_data(setting, seed, read)
-    digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
-    content = {"setting": setting.model_dump(), "seed": seed, "framework": framework, **digests}
-    if (folder / "setting.json").exists():
-        _check_claim(folder, content)
-    elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
-        raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table")
-    if not (folder / "result.json").exists():
-        check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-        _other_models(setting, seed, folder, training, read, earlier)
-    return content
 
 
 def _check_claim(folder: Path, content: dict[str, Any]) -> None:
@@ -437,7 +433,6 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
     chosen = choose(framework)
     network, config = load_model(model)
     _check_classes(str(model), config, test)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compute = chosen.forward(network, config["architecture"])
     logits = shown_logits(compute, test.images, config, f"evaluating {len(test):,} images")
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])

@@ -210,12 +210,13 @@ class Learner:
                                     keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
 
     def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
-        """Learn from a batch; return the sum of the losses, and of 100 for each image that was named rightly."""
+        """Learn from a batch; return the sum of the losses and the number of correct images."""
         self.optimizer.learning_rate = lr
         x = normalise(images, torch.tensor(self.mean), torch.tensor(self.std)).permute(0, 2, 3, 1)
         x = x.to(self.network.linear.weight.dtype)
         log = self.model.train_on_batch(x.numpy(), targets.numpy(), return_dict=True)  # the metrics of this batch alone
-        return batch_size * torch.tensor([log["cross_entropy"], 100 * log["accuracy"]], dtype=torch.float64)
+        losses, correct = batch_size * log["cross_entropy"], round(batch_size * log["accuracy"])
+        return torch.tensor([losses, correct], dtype=torch.float64)
 
     def logits(self, images: Tensor) -> Tensor:
         """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes]."""

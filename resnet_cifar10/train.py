@@ -122,35 +122,35 @@ class Learner:
             torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23
         dtype = torch.float64 if precision == "float64" else torch.float32
         model = initial_network(setting, seed, len(training.classes), first_weights)
-        self.model = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(device, dtype)
         self.optimizer = make_optimizer(setting, model)
         self.setting = setting
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         if teacher:
-            teaching = teacher[0].to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            teaching = teacher[0].to(device, dtype)
             scale = [torch.tensor(teacher[1][key], device=device) for key in ("mean", "std")]
 
         def forward(x: Tensor, network: ResNet = model) -> Tensor:
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                return network(x.to(dtype)).to(dtype)  # type: ignore[no-any-return]
+                return network(x.to(dtype)).to(dtype)
 
-        def loss_and_hits(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        def loss_and_correct(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = forward(normalise(images, mean, std))
-            hits = (logits.argmax(1) == targets.argmax(1)).sum()
+            correct = (logits.argmax(1) == targets.argmax(1)).sum()
             loss = F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing)
             if teacher:
                 with torch.no_grad():
                     wanted = forward(normalise(images, *scale), teaching)
                 loss = torch.lerp(loss, imitation(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
-            return loss, hits
+            return loss, correct
 
         if compiled:
             torch.compiler.reset()  # after other networks it would compile this one to other code than in a new process, or not
         # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
         mode = "reduce-overhead" if device == "cuda" else None
         self.forward = torch.compile(forward) if compiled else forward
-        self.loss_and_hits = torch.compile(loss_and_hits, mode=mode) if compiled else loss_and_hits
-        self.eager_loss_and_hits = loss_and_hits
+        self.loss_and_correct = torch.compile(loss_and_correct, mode=mode) if compiled else loss_and_correct
+        self.eager_loss_and_correct = loss_and_correct
 
     def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
         """Learn from this process's part of a batch: uint8 [B, 32, 32, 3] and class probabilities [B, classes].
@@ -158,20 +158,20 @@ class Learner:
         `batch_size` is that of the whole batch, of which other processes may have the other parts.
 
         Returns:
-            float64 [2]: the sum of the losses in nats, and of 100 for each image that was named rightly.
+            float64 [2]: the sum of the losses in nats, and the number of correct images.
 
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # a last, smaller batch would have to be compiled for itself
-        compute = self.loss_and_hits if batch_size == self.setting.batch_size else self.eager_loss_and_hits
-        loss, hits = compute(images, targets)
-        (loss / batch_size).backward()  # type: ignore[no-untyped-call]
+        compute = self.loss_and_correct if batch_size == self.setting.batch_size else self.eager_loss_and_correct
+        loss, correct = compute(images, targets)
+        (loss / batch_size).backward()
         if dist.is_initialized():
             _sum_gradients(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return torch.stack([loss.detach().double(), 100 * hits.double()])
+        return torch.stack([loss.detach().double(), correct.double()])
 
     def logits(self, images: Tensor) -> Tensor:
         """Map images uint8 [N, 32, 32, 3] to logits float32 [N, classes], with the running statistics of the first process."""
@@ -264,7 +264,8 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
             after_step(epoch, step, steps)
         if processes > 1:
             dist.all_reduce(totals)
-        train_loss, train_accuracy = (totals / len(training)).tolist()
+        loss_sum, correct = totals.tolist()
+        train_loss, train_accuracy = loss_sum / len(training), 100 * correct / len(training)
         if not math.isfinite(train_loss):
             raise JobFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
                             "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
