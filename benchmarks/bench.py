@@ -33,7 +33,7 @@ from resnet_cifar10.data import Split
 from resnet_cifar10.machine import environment, has_compiler, pick_device
 from resnet_cifar10.settings import Setting, slug
 from resnet_cifar10.sources import CIFAR10_CLASSES, load
-from resnet_cifar10.study import choose
+from resnet_cifar10.study import backend
 
 
 class Group(NamedTuple):
@@ -48,7 +48,7 @@ class Group(NamedTuple):
 def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> tuple[list[Group], dict[str, str]]:
     """Say what is measured, and what this machine cannot show with the reason."""
     steps, turns, singles, side, depths = (2, 1, 10, 256, [8]) if quick else (8, 3, 300, 2048, [20, 32, 56])
-    resolve = partial(choose("pytorch").resolve, Setting(name="default"))  # as `train` does
+    resolve = partial(backend("pytorch").resolve, Setting(name="default"))  # as `train` does
     precision, compiled = resolve("cpu")
     missing, kinds, devices = {}, list(dict.fromkeys([precision, "float32"])), ["cpu", "cuda"]
     if precision != "bfloat16":

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
 RAY_HELP = "Run on the Ray cluster at HOST:PORT, on this machine's (auto), or start one here (without an ADDRESS)."
-Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="What computes.")]
+Framework = Annotated[Literal["pytorch", "tensorflow"], typer.Option(help="The library that trains and evaluates.")]
 EXTRAS = {  # of pyproject.toml, each with its packages by the names that are imported
     "train": ("torch", "safetensors", "simplejpeg", "pyarrow", "onnx", "onnxscript"),
     "report": ("matplotlib", "jinja2", "markdown_it", "scipy"),
@@ -62,7 +62,7 @@ def train(
     ] = None,
     ray: Annotated[str | None, typer.Option(help=RAY_HELP, metavar="[ADDRESS]")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="With --ray: the threads of each run.", metavar="N")] = 1,
-    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the part of a GPU for each.", metavar="SHARE")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="With --ray: the share of a GPU for each.", metavar="SHARE")] = None,
     framework: Framework = "pytorch",
 ) -> None:
     """Train what is not done yet; the same command again resumes and skips."""
@@ -247,7 +247,7 @@ def data(
     folder: Annotated[Path, typer.Argument(help="Where cifar-10-python.tar.gz goes.")],
     url: Annotated[str | None, typer.Option(help="An address of your own instead of the mirrors.")] = None,
 ) -> None:
-    """Download CIFAR-10 (170 MB); goes on with a broken download."""
+    """Download CIFAR-10 (170 MB); a broken download is resumed."""
     from .download import download
 
     print(f"CIFAR-10: {download(folder, url)}")

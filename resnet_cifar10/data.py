@@ -71,7 +71,7 @@ def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def mean_and_std(images: Tensor) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each colour of uint8 [N, 32, 32, 3], in units of 0..1."""
-    value = torch.arange(256).double() / 255
+    value = torch.arange(256).double() / 255  # counted by value: 50,000 images as float64 would take over 1 GB
     shares = [torch.bincount(images[..., c].flatten(), minlength=256).double() * 3 / images.numel() for c in range(3)]
     mean = [float((share * value).sum()) for share in shares]
     std = [float((share * (value - m) ** 2).sum().sqrt()) for share, m in zip(shares, mean, strict=True)]
@@ -99,7 +99,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         epoch: Counted from 1.
         fill: uint8 [3], the colour of the padding: the mean, which normalisation makes zero.
         rank: Of this process among those that share the batches.
-        processes: Their number; each gets every so many-th image of a batch.
+        processes: Their number, p; each takes every p-th image of a batch.
 
     Yields:
         images uint8 [B, 32, 32, 3] and the class probabilities to learn, float32 [B, classes].
@@ -122,7 +122,7 @@ def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: 
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     uniform = torch.rand(n, 17, generator=rng).to(device)  # of photo
-    mixing = np.random.default_rng([seed, epoch])
+    mixing = np.random.default_rng([seed, epoch])  # PyTorch draws Beta from its global generator only
 
     span = torch.arange(SIZE, device=device)
     one_hot = torch.eye(len(split.classes), device=device)

@@ -1,4 +1,4 @@
-"""Many encoded images to small ones: small JPEGs at once, all else in several processes, one at a time in each."""
+"""Decode many images to 32x32: JPEGs of that size at once in this process, all others with Pillow in several."""
 
 from __future__ import annotations
 

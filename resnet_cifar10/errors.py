@@ -21,7 +21,7 @@ def one_line(text: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace in a name what would move a terminal's cursor or cannot be encoded by question marks."""
+    """Put question marks in the place of characters that would move a terminal's cursor or cannot be encoded."""
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in JOINERS else c for c in text)
 
 

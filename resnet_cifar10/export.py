@@ -26,8 +26,8 @@ from .photo import encoded, views
 from .storage import load_model, save_model
 
 OPSET = 20
-REFUSED_MEMBERS = 0.05  # share of real members that the rejection threshold gives up
-FRAMED = 2_000  # photos made of validation images, at most, to find it
+REFUSED_MEMBERS = 0.05  # share of photos of the classes that the threshold refuses wrongly
+MAX_FRAMED = 2_000  # photos made of validation images, at most, to find it
 SHORT_SIDE = 128  # pixels of these photos
 EXCESS_WEIGHT = 0.05  # cosines for each standard deviation; chosen in docs/photos.md
 NEVER = -1e9  # the rejection threshold of a network without validation images
@@ -185,7 +185,7 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
 
 def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
     """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
-    photos = member_photos(images[:: math.ceil(len(images) / FRAMED)])
+    photos = member_photos(images[:: math.ceil(len(images) / MAX_FRAMED)])
     return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
 
 

@@ -79,7 +79,8 @@ def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # misspelt, a key is missing too
+        # an unknown key first: where one is misspelt, the right one is missing too
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         message = f"key '{key}': found {short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":

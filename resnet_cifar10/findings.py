@@ -206,7 +206,7 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
 
 
 def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]],
-          compared: Sequence[Comparison]) -> dict[str, str]:  # fmt: skip
+          compared: Sequence[Comparison], data: str) -> dict[str, str]:  # fmt: skip
     """Write what stands beside the pictures and tables, for both forms of the report."""
     lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
              "highest seed. ") if any(len(row.runs) > 1 for row in rows) else ""  # fmt: skip
@@ -222,9 +222,10 @@ def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[R
              ) if any(each.p is not None for each in compared) else ""  # fmt: skip
     once = ("With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
             ) if any(each.single for each in compared) else ""  # fmt: skip
+    jpeg = ("These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
+            "detail that the copy has lost; the two must not be set side by side.")  # fmt: skip
     return {
-        "jpeg": "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
-                "detail that the copy has lost; the two must not be set side by side.",
+        "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
                     f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
         "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its number format.",

@@ -16,7 +16,7 @@ from .files import read_json, validated
 
 BUILT_IN = Path(__file__).parent / "models"
 SIZE = 32  # pixels of a side of what the network sees
-SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf: one more entry of an ONNX file's metadata, 64 letters long
+SEAL = b"r\x4a\n\x06sha256\x12\x40"  # protobuf of one more entry of an ONNX file's metadata: key sha256, value of 64 letters
 
 
 @dataclass(frozen=True)

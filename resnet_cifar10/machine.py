@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+# a change of these may change the bits of a run: their checksum is recorded with it
 COMPUTING = ("data.py", "evaluate.py", "model.py", "muon.py", "norms.py", "photo_like.py", "tensorflow_twin.py", "train.py")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 

@@ -72,8 +72,9 @@ class ResNet(nn.Module):
             "none": lambda channels: nn.Identity(),
         })  # fmt: skip
         pre = _choose("block", block, {"post": False, "pre": True})
-        # in place, the backward pass takes the signs from the result; else the compiler saves them by themselves, in slow code
-        in_place = not (pre and normalization == "none")  # there the shortcut needs what would be overwritten
+        # In place, the backward pass reads the signs from the saved output; otherwise torch.compile stores them separately,
+        # which makes a step almost three times as slow (benchmarks/README.md).
+        in_place = not (pre and normalization == "none")  # there the shortcut still needs the input
         act = _choose("activation", activation, {
             "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(leaky_slope, in_place), "gelu": nn.GELU(), "silu": nn.SiLU(),
         })  # fmt: skip

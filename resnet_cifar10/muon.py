@@ -1,4 +1,4 @@
-"""The optimizer Muon: SGD with momentum whose every step turns all directions of a weight matrix equally far."""
+"""The optimizer Muon: SGD with momentum whose update of a matrix is orthogonalised: all its singular values become about 1."""
 
 from __future__ import annotations
 

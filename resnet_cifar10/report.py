@@ -167,10 +167,10 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     best = best_of(rows)
     baseline = finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
     rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
-    best_row = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
+    badge = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
     changes = [each for each in compared if each.other is baseline and each.p is not None]
-    section = best_section(best, rows) if best else None
+    detail = best_section(best, rows) if best else None
     cards, photo_note = classified(photos, photo_model, best)
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
@@ -189,14 +189,14 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
                           ("--goal", goal and f"{goal:g}")):  # fmt: skip
         options += [option, str(value)] if value else []
     content: dict[str, Any] = {
-        "title": title, "data": data, "answer": findings.answer(rows, best, data, goal), "best_row": best_row, "best": section,
+        "title": title, "data": data, "answer": findings.answer(rows, best, data, goal), "best": badge, "detail": detail,
         "columns": findings.COLUMNS, "rows": [(row, findings.cells(row)) for row in rows],
         "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
         "machine": findings.merged(rows, findings.provenance), "overview": overview, "many": many, "plots": alone,
         "comparison_columns": findings.COMPARISON_COLUMNS,
         "comparisons": [findings.comparison_cells(each) for each in compared],
         "findings": findings.findings(rows, best), "photos": cards,
-        "notes": findings.notes(rows, baseline, groups, compared) | {"photos": photo_note},
+        "notes": findings.notes(rows, baseline, groups, compared, data) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": text_of_words,
@@ -211,7 +211,7 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     text = markdown_of.get_template("report.md.j2").render(content)
     pictures = [*overview, *(plot for _, plot in alone), *(card["picture"] for card in cards)]
     pictures += [*content["signals"], content["differences"]]
-    pictures += [section[key] for key in ("confusion", "mistakes_picture") if section]
+    pictures += [detail[key] for key in ("confusion", "mistakes_picture") if detail]
     for picture in filter(None, pictures):
         write(out / picture.file, picture.content)
     write(out / "report.md", text)

@@ -17,7 +17,7 @@ from .files import check_writable, read_json, write, write_json
 from .storage import read_tensors, write_tensors
 from .train import Checkpoint
 
-ROOM = 32  # times the weights: three checkpoints of four in float64 (weights, best, two of Adam), and the files of the model
+ROOM = 32  # times the weights in float32: 3 checkpoints x 4 tensors (weights, best, 2 of Adam) x 2 (float64), and the model
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
 METRICS = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr",
            "train_seconds", "validation_seconds")  # fmt: skip

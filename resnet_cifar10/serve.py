@@ -179,7 +179,7 @@ def application(model: str, host: str) -> ASGIApp:
                 async with asyncio.timeout(SECONDS):
                     files = await _files(_Upload(request.scope, request.receive))
             except TimeoutError:
-                raise HTTPException(408, f"nothing whole within {SECONDS:g} seconds", {"Connection": "close"}) from None
+                raise HTTPException(408, f"no complete request within {SECONDS:g} seconds", {"Connection": "close"}) from None
             except ClientDisconnect:
                 return Response(status_code=400)  # for nobody
             answers = [{"file": name, **await answer(content, explain)} for name, content in files]

@@ -17,7 +17,7 @@ from .train import initial_network
 IMAGES = 128
 
 
-def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors | None = None) -> dict[str, Any]:
+def signals(setting: Setting, seed: int, training: Split, initial_weights: Tensors | None = None) -> dict[str, Any]:
     """Send up to 128 training images through the initial network of a run.
 
     Returns:
@@ -27,7 +27,7 @@ def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors
     """
     if setting.normalization == "sync_batch":  # one process looks alone
         setting = setting.model_copy(update={"normalization": "batch"})
-    network = initial_network(setting, seed, len(training.classes), first_weights)
+    network = initial_network(setting, seed, len(training.classes), initial_weights)
     outputs: list[Tensor] = []
 
     for block in network.blocks:
@@ -36,9 +36,9 @@ def signals(setting: Setting, seed: int, training: Split, first_weights: Tensors
     count = min(IMAGES, setting.batch_size)  # no more memory than a step takes
     images, targets = next(batches(training, count, "none", seed, 1, fill=torch.zeros(3, dtype=torch.uint8)))
     gradients = torch.autograd.grad(F.cross_entropy(network(normalise(images, mean, std)), targets), outputs)
-    return {"activation": [_size(output) for output in outputs], "gradient": [_size(gradient) for gradient in gradients]}
+    return {"activation": [_rms(output) for output in outputs], "gradient": [_rms(gradient) for gradient in gradients]}
 
 
-def _size(x: Tensor) -> float | None:
+def _rms(x: Tensor) -> float | None:
     size = float(x.detach().double().square().mean().sqrt())
     return size if math.isfinite(size) else None

@@ -222,7 +222,8 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             image_column = "img" if "img" in table.schema_arrow.names else "image"
             if table.metadata.num_rows > MAX_ROWS:
                 raise ValueError(f"found {table.metadata.num_rows:,} rows; allowed: at most {MAX_ROWS:,}")
-            for part in table.iter_batches(64, columns=[image_column, "label"]):  # all rows can name one large image
+            # all rows can hold one large image: small parts bound the memory
+            for part in table.iter_batches(64, columns=[image_column, "label"]):
                 images_here = [blob or b"" for blob in pc.struct_field(part.column(image_column), "bytes").to_pylist()]
                 blobs += images_here
                 total += sum(map(len, images_here))

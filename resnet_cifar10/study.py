@@ -35,7 +35,7 @@ from .sources import load
 from .storage import Tensors, load_model, sha256
 from .train import Learner, Trained, train
 
-SHOWN = 2_500  # images between two looks at the progress of an evaluation
+PROGRESS_IMAGES = 2_500  # images between two looks at the progress of an evaluation
 Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
@@ -57,7 +57,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     read = cache(partial(load, data, processes=os.cpu_count() or 1))
     runs = run_folders(settings, out)
     for setting in settings:
-        choose(framework).resolve(setting, device)
+        backend(framework).resolve(setting, device)
     with joined_processes(device) as rank:
         print(f"reading {data}", flush=True)
         if rank == 0:
@@ -71,7 +71,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             if is_done:
                 continue
             others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
-            later = sum(other.epochs * _size(other) for other in others)
+            later = sum(other.epochs * _relative_cost(other) for other in others)
             with locked(folder) if rank == 0 else nullcontext():
                 try:
                     run(setting, seed, read, folder, device, rank, framework, later)
@@ -87,7 +87,7 @@ def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
     return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
 
 
-def choose(framework: str) -> Any:
+def backend(framework: str) -> Any:
     """Choose by name, "pytorch" or "tensorflow", all that depends on the framework: resolve, Learner, forward, VERSIONS."""
     if framework == "tensorflow":
         from . import tensorflow_twin as twin
@@ -114,19 +114,20 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
 
     Raises:
         ValueError: If setting and data do not fit together, or the folder holds something damaged.
-        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start or learn from unfit.
+        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start from or to imitate
+            does not fit.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
     keep_memory()
-    chosen = choose(framework)
+    chosen = backend(framework)
     precision, compiled = chosen.resolve(setting, device)
     if compiled and not has_compiler():
         compiled = False
         print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
     training, validation = split_data(setting, seed, read)
     try:
-        start, teacher = _other_models(setting, seed, folder, training, read)
+        initial_weights, teacher = _other_models(setting, seed, folder, training, read)
     except ValueError as error:  # the run that should have made it has failed
         raise JobFailed(str(error)) from None
     facts = environment(device) | chosen.VERSIONS | {
@@ -136,7 +137,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     }  # fmt: skip
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0 and not (folder / "signals.json").exists():
-        write_json(folder / "signals.json", signals(setting, seed, training, start))
+        write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
         print(f"{name}: {message}", flush=True)
@@ -154,7 +155,7 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
             if received:
                 raise Interrupted(received[0])
 
-        learner = chosen.Learner(setting, seed, training, device, precision, compiled, start, teacher)
+        learner = chosen.Learner(setting, seed, training, device, precision, compiled, initial_weights, teacher)
         epochs = train(learner, setting, seed, training, validation, checkpoint, after_step)
         for row, checkpoint in epochs:
             rows.append(row)
@@ -222,7 +223,7 @@ def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: d
     row, seconds = rows[-1], pace(rows)
     epochs = setting.epochs - row["epoch"]
     left = duration(seconds * epochs)
-    left += f", of all runs {duration(seconds * (epochs + later / _size(setting)))}" if later else ""
+    left += f", of all runs {duration(seconds * (epochs + later / _relative_cost(setting)))}" if later else ""
     validation = ""
     if row["validation_accuracy"] is not None:
         best = f"best {state['best_accuracy']:.2f} at {state['best_epoch']}"
@@ -231,7 +232,7 @@ def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: d
     return f"{done}  {validation}lr {row['lr']:.4g}  {row['train_seconds'] + row['validation_seconds']:.0f} s  left {left}"
 
 
-def _size(setting: Setting) -> int:
+def _relative_cost(setting: Setting) -> int:
     """What the time of an epoch is about proportional to: a network of twice the width took 2.6 times as long, not four."""
     return setting.depth * setting.width
 
@@ -278,13 +279,13 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
 def _other_models(setting: Setting, seed: int, folder: Path, training: Split, read: Reader,
                   to_come: Set[Path] = frozenset()) -> tuple[Tensors | None, Trained | None]:  # fmt: skip
     """Load the first weights, which a run that has begun no longer needs, and the teacher; None: no such one, or to come."""
-    start = teacher = None
+    initial_weights = teacher = None
     if setting.start_from and not has_checkpoint(folder) and not _runs_of(setting.start_from) & to_come:
-        start = _first_weights(setting, seed, training, read)
+        initial_weights = _initial_weights(setting, seed, training, read)
     if setting.teacher and not _runs_of(setting.teacher) & to_come:
         teacher = _other_model("teacher", setting, seed, training, read)
         _check_classes(f"setting '{setting.name}': key 'teacher': {setting.teacher}", teacher[1], training)
-    return start, teacher
+    return initial_weights, teacher
 
 
 def _runs_of(model: str) -> set[Path]:
@@ -309,7 +310,7 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
     return network, config
 
 
-def _first_weights(setting: Setting, seed: int, training: Split, read: Reader) -> Tensors:
+def _initial_weights(setting: Setting, seed: int, training: Split, read: Reader) -> Tensors:
     """Take the weights of another model; its last layer only where the classes are the same."""
     trained, config = _other_model("start_from", setting, seed, training, read)
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
@@ -419,7 +420,7 @@ def _check_claim(folder: Path, content: dict[str, Any]) -> None:
 
 def shown_logits(compute: Forward, images: Tensor, config: dict[str, Any], title: str) -> Tensor:
     """Predict with a model's mean and std, and show how far it is."""
-    parts = progress(torch.split(images, SHOWN), title)
+    parts = progress(torch.split(images, PROGRESS_IMAGES), title)
     return torch.cat([predict(compute, part, config["mean"], config["std"]) for part in parts])
 
 
@@ -430,7 +431,7 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
         ValueError: If the model cannot be read, or its class names are not those of the data.
 
     """
-    chosen = choose(framework)
+    chosen = backend(framework)
     network, config = load_model(model)
     _check_classes(str(model), config, test)
     compute = chosen.forward(network, config["architecture"])

@@ -195,11 +195,11 @@ class Learner:
     """The network in training, in TensorFlow: does what train.Learner does, from the same initial weights."""
 
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 first_weights: Tensors | None, teacher: None) -> None:  # fmt: skip
+                 initial_weights: Tensors | None, teacher: None) -> None:  # fmt: skip
         """Build network and optimizer; the device is the CPU, and there is no teacher."""
         self.device, (self.mean, self.std) = device, mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
-        self.network = initial_network(setting, seed, len(training.classes), first_weights)
+        self.network = initial_network(setting, seed, len(training.classes), initial_weights)
         self.network.to(getattr(torch, precision))
         decay = 0.0 if setting.optimizer == "adamw" else setting.weight_decay
         self.model, self.optimizer = from_pytorch(self.network, architecture, decay, precision), make_optimizer(setting)

@@ -77,15 +77,15 @@ def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
 
 
-def initial_network(setting: Setting, seed: int, classes: int, first_weights: Tensors | None) -> ResNet:
-    """Build the network that a run begins with; `first_weights` replace the random ones of the same names."""
+def initial_network(setting: Setting, seed: int, classes: int, initial_weights: Tensors | None) -> ResNet:
+    """Build the network that a run begins with; `initial_weights` replace the random ones of the same names."""
     torch.manual_seed(seed)
     network = ResNet(**setting.architecture(classes))
-    network.load_state_dict(first_weights or {}, strict=False)
+    network.load_state_dict(initial_weights or {}, strict=False)
     return network
 
 
-def imitation(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Sum over a batch how far logits are from a teacher's, both [N, classes]: Kullback-Leibler, in nats, times temperature².
 
     The factor makes up for the gradient, which shrinks with the square of the temperature (Hinton et al. 2015, section 2).
@@ -98,7 +98,7 @@ class Learner:
     """The network in training, in PyTorch: all that the training loop leaves to a framework."""
 
     def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 first_weights: Tensors | None = None, teacher: Trained | None = None) -> None:  # fmt: skip
+                 initial_weights: Tensors | None = None, teacher: Trained | None = None) -> None:  # fmt: skip
         """Build network and optimizer.
 
         Args:
@@ -108,8 +108,8 @@ class Learner:
             device: "cpu" or "cuda".
             precision: "bfloat16" computes in bfloat16 where that loses nothing (autocast), the weights stay float32;
                 "float32", or "float64".
-            compiled: Compile the training step with torch.compile.
-            first_weights: Replace the initial weights of the same names.
+            compiled: Compile the training step, and the forward pass of validation, with torch.compile.
+            initial_weights: Replace the initial weights of the same names.
             teacher: The network that setting.teacher names, and its config.json.
 
         """
@@ -121,7 +121,7 @@ class Learner:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
             torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23
         dtype = torch.float64 if precision == "float64" else torch.float32
-        model = initial_network(setting, seed, len(training.classes), first_weights)
+        model = initial_network(setting, seed, len(training.classes), initial_weights)
         self.model = model.to(device, dtype)
         self.optimizer = make_optimizer(setting, model)
         self.setting = setting
@@ -141,11 +141,11 @@ class Learner:
             if teacher:
                 with torch.no_grad():
                     wanted = forward(normalise(images, *scale), teaching)
-                loss = torch.lerp(loss, imitation(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
+                loss = torch.lerp(loss, distillation_loss(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
             return loss, correct
 
         if compiled:
-            torch.compiler.reset()  # after other networks it would compile this one to other code than in a new process, or not
+            torch.compiler.reset()  # else it may compile this network otherwise than a new process would, or not at all
         # a GPU replays its hundreds of small kernels as CUDA graphs, or it would wait for Python to launch each
         mode = "reduce-overhead" if device == "cuda" else None
         self.forward = torch.compile(forward) if compiled else forward
@@ -163,7 +163,7 @@ class Learner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # a last, smaller batch would have to be compiled for itself
+        # a smaller last batch is not compiled: its shape would need a compilation of its own
         compute = self.loss_and_correct if batch_size == self.setting.batch_size else self.eager_loss_and_correct
         loss, correct = compute(images, targets)
         (loss / batch_size).backward()

@@ -29,7 +29,7 @@ from resnet_cifar10.signals import signals
 from resnet_cifar10.storage import load_model
 from resnet_cifar10.study import claim, epoch_line, evaluate_model, split_data
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, Learner, imitation, initial_network, train
+from resnet_cifar10.train import Checkpoint, Learner, distillation_loss, initial_network, train
 from torture.training import contents
 
 pytestmark = pytest.mark.usefixtures("quick_export")
@@ -205,8 +205,8 @@ def test_a_student_learns_what_its_teacher_says_as_much_as_it_is_told_to(tmp_pat
 def test_imitation_is_the_divergence_of_softened_probabilities() -> None:
     ours, theirs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, p = (ours / 3).softmax(1), (theirs / 3).softmax(1)
-    assert float(imitation(ours, theirs, 3)) == pytest.approx(9 * float((p * (p / q).log()).sum()))
-    assert float(imitation(ours, ours + 7, 3)) == pytest.approx(0)
+    assert float(distillation_loss(ours, theirs, 3)) == pytest.approx(9 * float((p * (p / q).log()).sum()))
+    assert float(distillation_loss(ours, ours + 7, 3)) == pytest.approx(0)
 
 
 def test_a_teacher_of_other_classes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_table_of_the_readme_begins_with_the_built_in_network_but_its_last_l
         return images(200) if part == "train" else None
 
     claim([(row, 0, tmp_path / "run")], read)
-    first = study._first_weights(row, 0, split_data(row, 0, read)[0], read)
+    first = study._initial_weights(row, 0, split_data(row, 0, read)[0], read)
     assert "conv.weight" in first and not any(name.startswith("linear.") for name in first)
 
 
@@ -543,7 +543,7 @@ def test_the_loss_with_a_teacher_is_what_the_setting_says() -> None:
         loss, _ = learner.loss_and_correct(some.images, torch.eye(4)[some.labels])
         ours = learner.forward(normalise(some.images, torch.tensor(learner.mean), torch.tensor(learner.std)))
         theirs = teacher[0](normalise(some.images, *map(torch.tensor, teacher[1].values())))
-    expected = 0.75 * F.cross_entropy(ours, some.labels, reduction="sum") + 0.25 * imitation(ours, theirs, 3)
+    expected = 0.75 * F.cross_entropy(ours, some.labels, reduction="sum") + 0.25 * distillation_loss(ours, theirs, 3)
     torch.testing.assert_close(loss, expected)
 
 
