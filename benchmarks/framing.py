@@ -26,7 +26,8 @@ from sklearn.metrics import roc_auc_score
 
 from resnet_cifar10.data import hold_out
 from resnet_cifar10.evaluate import predict
-from resnet_cifar10.export import EXCESS_WEIGHT, SHORT_SIDE, describe, framed, mirrored_tiles
+from resnet_cifar10.export import EXCESS_WEIGHT, describe
+from resnet_cifar10.finish import SHORT_SIDE, framed, mirrored_tiles
 from resnet_cifar10.infer import SIZE, Classifier
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import boxes, read_photo, reduced, views

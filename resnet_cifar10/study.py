@@ -23,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 from .data import Split, hold_out
 from .errors import Interrupted, JobFailed
 from .evaluate import Forward, evaluate, predict
-from .export import finish
 from .files import read_json, validated, write_json
+from .finish import finish
 from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
 from .model import ResNet, parameter_count
 from .progress import progress

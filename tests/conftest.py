@@ -49,12 +49,12 @@ def run(*arguments: str | Path, status: int = 0) -> Ended:
 @pytest.fixture(scope="module")
 def quick_export() -> Iterator[None]:
     """Leave out the ONNX graph and the threshold that is found with it, for where no test looks at them."""
-    from resnet_cifar10 import export, files
+    from resnet_cifar10 import files, finish
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "export", lambda model, out: files.write(out, b"no graph"))
-        patch.setattr(export, "Classifier", lambda folder: None)
-        patch.setattr(export, "rejection_threshold", lambda classifier, images: 0.0)
+        patch.setattr(finish, "export", lambda model, out: files.write(out, b"no graph"))
+        patch.setattr(finish, "Classifier", lambda folder: None)
+        patch.setattr(finish, "rejection_threshold", lambda classifier, images: 0.0)
         yield
 
 

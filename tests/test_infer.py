@@ -20,7 +20,8 @@ from conftest import COLOURS, CONFIG, ROOT, run
 from PIL import Image, ImageOps
 
 from resnet_cifar10.data import Split
-from resnet_cifar10.export import describe, member_photos, mistakes, rejection_threshold
+from resnet_cifar10.export import describe
+from resnet_cifar10.finish import member_photos, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier, Prediction
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.photo import encoded, read_photo, square, views

@@ -12,7 +12,7 @@ import resnet_cifar10
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("errors", "files", "settings", "infer", "photo_like", "data", "norms", "model", "storage", "evaluate", "muon", "train")
 ORDER = (*CORE, "progress", "photo", "explain", "figure", "serve", "machine", "decode", "download", "sources", "export",
-         "run_folder", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
+         "finish", "run_folder", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
          "cli", "__main__", "__init__")  # fmt: skip
 
 

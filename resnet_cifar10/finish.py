@@ -1,0 +1,191 @@
+"""What follows a training: temperature and threshold from validation, the test split once, the model folder with its card."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from .data import Split
+from .errors import JobFailed
+from .evaluate import evaluate, fit_temperature, predict
+from .export import EXCESS_WEIGHT, describe, export
+from .files import write, write_json
+from .infer import SIZE, Classifier
+from .model import ResNet
+from .photo import encoded, views
+from .storage import save_model
+
+REFUSED_MEMBERS = 0.05  # share of photos of the classes that the threshold refuses wrongly
+MAX_FRAMED = 2_000  # photos made of validation images, at most, to find it
+SHORT_SIDE = 128  # pixels of these photos
+NEVER = -1e9  # the rejection threshold of a network without validation images
+
+
+def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
+           device: str) -> dict[str, Any]:  # fmt: skip
+    """Find on validation all that config.json lacks, classify the test split, write the model folder.
+
+    The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
+
+    Returns:
+        The metrics of "validation" and "test", None for a split that is not there.
+
+    Raises:
+        JobFailed: If a logit is not finite.
+
+    """
+    temperature = 1.0
+    class_means = model.linear.weight.detach().cpu().clone()
+    contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
+    metrics: dict[str, Any] = {"validation": None, "test": None}
+    splits = {part: split for part, split in (("validation", validation), ("test", test)) if split}
+    logits = {part: predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
+              for part, split in splits.items()}  # fmt: skip
+    if not all(values.isfinite().all() for values in logits.values()):  # the last step can spoil the weights after its loss
+        raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
+                        "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
+    if validation:
+        temperature = fit_temperature(logits["validation"], validation.labels)
+        images = validation.images.to(device)
+        both = predict(lambda x: torch.cat(describe(model, x)[:2], 1), images, config["mean"], config["std"]).cpu()
+        features, contrasts = both.tensor_split([model.widths[2]], 1)
+        contrast_mean, contrast_std = contrasts.mean(0), contrasts.std(0, correction=0).clamp(1e-3)
+        for label in set(validation.labels.tolist()):
+            class_means[label] = features[validation.labels == label].mean(0)
+    for part, split in splits.items():
+        metrics[part] = evaluate(logits[part], split.labels, split.classes, temperature)
+        metrics[part]["mistakes"] = mistakes(logits[part] / temperature, split)
+        print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
+    config = config | {
+        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,
+        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in (
+            ("class_directions", F.normalize(class_means)), ("contrast_mean", contrast_mean), ("contrast_std", contrast_std))},
+        "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
+                     for part, values in metrics.items()},
+    }  # fmt: skip
+    save_model(folder, model, config)
+    export(folder, folder / "model.onnx")
+    if validation:
+        config["rejection_threshold"] = rejection_threshold(Classifier(folder), validation.images.numpy())
+        write_json(folder / "config.json", config)
+    write_card(folder, config)
+    return metrics
+
+
+def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
+    """Show the dozen images that were most confidently taken for another class, each as a PNG in base64."""
+    probability, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != split.labels).nonzero().flatten()
+    shown = []
+    for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist():
+        png = encoded(Image.fromarray(split.images[index].numpy()), "PNG")
+        shown.append({"index": index, "label": split.classes[split.labels[index]], "predicted": split.classes[predicted[index]],
+                      "probability": float(probability[index]), "png": base64.b64encode(png).decode()})  # fmt: skip
+    return shown
+
+
+def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+    """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
+    photos = member_photos(images[:: math.ceil(len(images) / MAX_FRAMED)])
+    return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
+
+
+def member_photos(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Image.Image]:
+    """Make a photo out of each image [N, 32, 32, 3]: in front of its own blurred colours, every second of mirrored tiles."""
+    for index, image in enumerate(images):
+        yield framed(image, np.random.default_rng([0, index]), mirrored_tiles(image) if index % 2 else None)
+
+
+def mirrored_tiles(image: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
+    """Lay a picture uint8 [32, 32, 3] and its mirror images side by side, three in a row and a column."""
+    return Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
+
+
+def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
+           background: Image.Image | None = None) -> Image.Image:  # fmt: skip
+    """Make a photo out of a picture uint8 [32, 32, 3]: in front of a background, or else of its own blurred colours.
+
+    Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side, is stretched by up
+    to the photo's own proportions, and is rather in the middle than at the edge.
+    """
+    picture = Image.fromarray(image)
+    shape = rng.permuted([1.0, rng.choice([1, 4 / 3, 3 / 2, 16 / 9])])
+    size = SHORT_SIDE * shape
+    sides = SHORT_SIDE * rng.uniform(0.4, 1) / 0.75 * shape ** rng.random()
+    left, top = ((size - 0.75 * sides) * rng.triangular(0, 0.5, 1, 2) - sides / 8).round().astype(int).tolist()
+    (width, height), (w, h) = size.round().astype(int).tolist(), sides.round().astype(int).tolist()
+    scene = (background or picture.filter(ImageFilter.GaussianBlur(4))).resize((width, height), Image.Resampling.BICUBIC)
+    soft_edge = Image.new("L", (w, h))
+    soft_edge.paste(255, (w // 16, h // 16, w - w // 16, h - h // 16))
+    soft_edge = soft_edge.filter(ImageFilter.GaussianBlur(h / 32))
+    scene.paste(picture.resize((w, h), Image.Resampling.BICUBIC), (left, top), soft_edge)
+    return scene
+
+
+def write_card(folder: Path, config: dict[str, Any]) -> None:
+    """Write README.md, the model card: what the network is, how it was made, how good it is and where it fails."""
+    setting, accuracy = config["setting"], config["accuracy"]
+    chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
+    chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
+    members = f"""\
+Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation (where no image there is
+  named wrongly, one in n + 2 is taken to be). Membership is the mean cosine between the features of a photo's views and the
+  class means, each class weighted with its probability, less {EXCESS_WEIGHT} times the standard deviations by which the
+  contrasts of the second stage exceed those of validation images on average. A photo below
+  {config["rejection_threshold"]:.3f} is answered with "none of
+  these", as is one in twenty photos made of validation images."""
+    if not accuracy["validation"]:
+        members = 'No photo is answered with "none of these": that takes validation images.'
+    rows = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
+            f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
+    results = "\n".join(rows)
+    start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
+    start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""
+    keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items() if key != "nesterov" or value)  # Muon always is
+    write(
+        folder / "README.md",
+        f"""---
+library_name: onnx
+pipeline_tag: image-classification
+---
+
+# {setting["model"]}, {setting["name"]}
+
+A residual network for 32x32 images in {len(config["classes"])} classes: {", ".join(config["classes"])}.
+
+| split | accuracy | 95 % interval | images |
+| --- | --- | --- | --- |
+{results}
+
+- Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
+  {chosen}. One run: n = 1 seed.{start}
+- {members}
+- It knows small pictures that are filled by one object. It can be wrong on anything else.
+
+`model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,
+`config.json` all that is needed to use either: `resnet-cifar10 infer PHOTO --model FOLDER`. Without that package:
+
+```python
+import numpy, onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("model.onnx")
+image = numpy.asarray(ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (32, 32), Image.Resampling.BOX))
+print(session.get_modelmeta().custom_metadata_map["classes"].split("\\n"))
+print(session.run(["probabilities"], {{"images": image[None]}})[0])
+```
+
+| key | value |
+| --- | --- |
+{keys}
+""",
+    )
