@@ -84,8 +84,11 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
         ways[name] = partial(c.inference, images, singles, c.onnx_network, file)
     photo = Path(skimage.data_dir) / "rocket.jpg"
     infer = partial(c.program, [sys.executable, "-m", "resnet_cifar10", "infer", photo])
-    programs = {"python -c 'import torch'": partial(c.program, [sys.executable, "-c", "import torch"]),
-                "resnet-cifar10 infer photo.jpg": infer, "once started": partial(c.photo, photo, singles)}  # fmt: skip
+    programs = {
+        "python -c 'import torch'": partial(c.program, [sys.executable, "-c", "import torch"]),
+        "resnet-cifar10 infer photo.jpg": infer,
+        "once started": partial(c.photo, photo, singles),
+    }
     readers = {"Pillow, one after another": partial(c.loading, data, True), "ours": partial(c.loading, data, False)}
     return [
         Group("start to first training step", 80, 1, starts),
@@ -156,12 +159,17 @@ def summary(group: str, found: dict[str, list[c.Metrics]]) -> list[dict[str, Any
             values, power = [turn[measure] for turn in turns], 1 if measure.endswith("/s") else -1
             compared = turns is not baseline and measure in baseline[0] and "%" not in measure
             ratios = [(turn[measure] / base[measure]) ** power for turn, base in zip(turns, baseline, strict=True) if compared]
-            rows.append({
-                "group": group, "contender": name, "measure": measure, "turns": len(turns),
-                "value": [median(values), min(values), max(values)],
-                "times_baseline": [median(ratios), min(ratios), max(ratios)] if ratios else None,
-                "peak_memory_mb": max(turn[c.MEMORY] for turn in turns),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "group": group,
+                    "contender": name,
+                    "measure": measure,
+                    "turns": len(turns),
+                    "value": [median(values), min(values), max(values)],
+                    "times_baseline": [median(ratios), min(ratios), max(ratios)] if ratios else None,
+                    "peak_memory_mb": max(turn[c.MEMORY] for turn in turns),
+                }
+            )
     return rows
 
 

@@ -95,8 +95,16 @@ def common_recipe(split: Split, depth: int, device: str, report: Report) -> None
         report(speed(split, depth, time.perf_counter() - started))
 
 
-def train(split: Split, depth: int, device: str, precision: str, compiled: bool, epochs: int,
-          after_epoch: Callable[[float], None], batch_size: int = BATCH) -> None:  # fmt: skip
+def train(
+    split: Split,
+    depth: int,
+    device: str,
+    precision: str,
+    compiled: bool,
+    epochs: int,
+    after_epoch: Callable[[float], None],
+    batch_size: int = BATCH,
+) -> None:
     """Run the package's own training loop; after each epoch its seconds are handed over."""
     setting = Setting(name="benchmark", model=f"resnet{depth}", batch_size=batch_size, epochs=epochs, validation_size=0)
     nothing = split.subset(torch.arange(0))
@@ -115,8 +123,12 @@ def matrix_product(side: int, kinds: list[str], report: Report) -> None:
     """Measure the peak: the best of ten products of square matrices."""
     factors = {kind: torch.randn(side, side, dtype=getattr(torch, kind)) for kind in kinds}
     while True:
-        report({f"{kind} peak, GFLOP/s": 2e-9 * side**3 / min(seconds_of(torch.mm, m, m) for _ in range(10))
-                for kind, m in factors.items()})  # fmt: skip
+        report(
+            {
+                f"{kind} peak, GFLOP/s": 2e-9 * side**3 / min(seconds_of(torch.mm, m, m) for _ in range(10))
+                for kind, m in factors.items()
+            }
+        )
 
 
 def macs(depth: int) -> int:
@@ -131,10 +143,13 @@ def speed(split: Split, depth: int, seconds: float) -> Metrics:
 
 
 OPERATORS = {  # the group of an operation, by what its name, or that of an operation around it, holds
-    "augmentation": ("augmentation",), "optimizer": ("Optimizer", "_fused_sgd"), "convolution": ("conv",),
-    "normalisation": ("batch_norm", "BatchNorm"), "compiled: normalisation and elementwise": ("Compiled",),
+    "augmentation": ("augmentation",),
+    "optimizer": ("Optimizer", "_fused_sgd"),
+    "convolution": ("conv",),
+    "normalisation": ("batch_norm", "BatchNorm"),
+    "compiled: normalisation and elementwise": ("Compiled",),
     "elementwise": ("relu", "Relu", "threshold", "aten::add", "aten::mul", "aten::div", "aten::sub", "aten::copy_"),
-}  # fmt: skip
+}
 
 
 def profile(split: Split, *how: Any, report: Report) -> None:
@@ -232,8 +247,13 @@ def inference(images: Images, singles: int, build: Callable[..., Callable[[Image
     while True:
         times = [1e3 * seconds_of(network, images[i : i + 1]) for i in range(singles)]
         rate = 256 / median(seconds_of(network, images[:256]) for _ in range(3))
-        report({"one image, median, ms": float(np.percentile(times, 50)),
-                "one image, 99 of 100, ms": float(np.percentile(times, 99)), "batch of 256, images/s": rate})  # fmt: skip
+        report(
+            {
+                "one image, median, ms": float(np.percentile(times, 50)),
+                "one image, 99 of 100, ms": float(np.percentile(times, 99)),
+                "batch of 256, images/s": rate,
+            }
+        )
 
 
 def photo(file: Path, times: int, report: Report) -> None:
@@ -279,8 +299,12 @@ def program(command: list[str], report: Report) -> None:
         while process.poll() is None:
             peak = max(peak, peak_memory(str(process.pid)))
     while True:
-        report({"whole process, s": seconds_of(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)),
-                MEMORY: peak})  # fmt: skip
+        report(
+            {
+                "whole process, s": seconds_of(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)),
+                MEMORY: peak,
+            }
+        )
 
 
 def int8_accuracy(file: Path, split: Split) -> str:
@@ -288,6 +312,8 @@ def int8_accuracy(file: Path, split: Split) -> str:
     config = read_config(MODEL)
     _, held = hold_out(split.labels, config["setting"]["validation_size"], config["seed"])
     validation = split.subset(held)
-    exact, rounded = (accuracy(torch.from_numpy(onnx_network(f)(validation.images.numpy())), validation.labels)
-                      for f in (MODEL / "model.onnx", file))  # fmt: skip
+    exact, rounded = (
+        accuracy(torch.from_numpy(onnx_network(f)(validation.images.numpy())), validation.labels)
+        for f in (MODEL / "model.onnx", file)
+    )
     return f"int8 has {rounded:.2f} % of {len(validation):,} validation images right, float32 {exact:.2f} %"

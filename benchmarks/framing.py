@@ -36,21 +36,51 @@ from resnet_cifar10.storage import load_model
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MEMBERS = 1000  # of the held-out images
-REAL = {"coffee.png", "camera.png", "clock_motion.png", "astronaut.png", "motorcycle_left.png", "moon.png", "rocket.jpg",
-        "coins.png", "flower.jpg", "china.jpg", "grace_hopper.jpg"}  # fmt: skip
-TEXTURES = {"brick.png", "cell.png", "chessboard_RGB.png", "color.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
-            "ihc.png", "logo.png", "logo2.png", "microaneurysms.png", "page.png", "retina.jpg", "text.png"}  # fmt: skip
+REAL = {
+    "coffee.png",
+    "camera.png",
+    "clock_motion.png",
+    "astronaut.png",
+    "motorcycle_left.png",
+    "moon.png",
+    "rocket.jpg",
+    "coins.png",
+    "flower.jpg",
+    "china.jpg",
+    "grace_hopper.jpg",
+}
+TEXTURES = {
+    "brick.png",
+    "cell.png",
+    "chessboard_RGB.png",
+    "color.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "logo.png",
+    "logo2.png",
+    "microaneurysms.png",
+    "page.png",
+    "retina.jpg",
+    "text.png",
+}
 
 STAMPS = {
-    "bird": ["animals/birds/*"], "frog": ["animals/amphibians/*"], "horse": ["animals/mammals/equines/horse"],
-    "deer": ["animals/mammals/deer/*"], "dog": ["animals/mammals/dogs/d*"], "automobile": ["vehicles/auto/s*"],
+    "bird": ["animals/birds/*"],
+    "frog": ["animals/amphibians/*"],
+    "horse": ["animals/mammals/equines/horse"],
+    "deer": ["animals/mammals/deer/*"],
+    "dog": ["animals/mammals/dogs/d*"],
+    "automobile": ["vehicles/auto/s*"],
     "truck": ["vehicles/garbagetruck", "vehicles/emergency/firetruck", "vehicles/auto/truck"],
-    "airplane": ["vehicles/flight/planes/747", "military/vehicles/f22_raptor"], "ship": ["vehicles/ship/*"],
+    "airplane": ["vehicles/flight/planes/747", "military/vehicles/f22_raptor"],
+    "ship": ["vehicles/ship/*"],
     "plants": ["food/fruit/*", "food/vegetables/*", "food/nuts/*", "plants/flowers/*", "plants/mushrooms/*"],
     "things": ["household/*", "household/tools/*", "household/dishes/*", "hobbies/music/string/*", "sports/*", "town/*"],
-    "animals": ["animals/fish/*", "animals/insects/*", "animals/shellfish/*", "animals/mammals/*"] +
-              [f"animals/mammals/{kind}/*" for kind in ("rodents", "bovines", "apes", "aquatic")],
-}  # fmt: skip
+    "animals": ["animals/fish/*", "animals/insects/*", "animals/shellfish/*", "animals/mammals/*"]
+    + [f"animals/mammals/{kind}/*" for kind in ("rodents", "bovines", "apes", "aquatic")],
+}
 NO_STAMPS = {"hedgehog", "rubberduck", "rugby_goal_posts"}  # a drawing, nearly a bird, hardly anything
 STAMP_SCENES = 6  # of each
 
@@ -62,8 +92,12 @@ def candidates(width: int, height: int) -> dict[str, tuple[float, float, float, 
     def centred(w: float, h: float) -> tuple[float, float, float, float]:
         return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
-    found = {"whole": centred(width, height), "square": centred(short, short), "first": (0.0, 0.0, float(short), float(short)),
-             "last": (width - short, height - short, float(width), float(height))}  # fmt: skip
+    found = {
+        "whole": centred(width, height),
+        "square": centred(short, short),
+        "first": (0.0, 0.0, float(short), float(short)),
+        "last": (width - short, height - short, float(width), float(height)),
+    }
     found |= {f"whole {share} %": centred(share / 100 * width, share / 100 * height) for share in (85, 70)}
     return found | {f"square {share} %": centred(share / 100 * short, share / 100 * short) for share in (85, 75, 60)}
 
@@ -99,11 +133,16 @@ def crops(picture: Image.Image, count: int, rng: np.random.Generator) -> list[Im
 
 def strangers(images: Array, rng: np.random.Generator) -> dict[str, list[Image.Image]]:
     """Collect pictures of nothing in the ten classes: photos, textures and text, synthetic ones."""
-    folders = (Path(skimage.data_dir), Path(sklearn.__file__).parent / "datasets/images",
-               Path(matplotlib.get_data_path()) / "sample_data")  # fmt: skip
+    folders = (
+        Path(skimage.data_dir),
+        Path(sklearn.__file__).parent / "datasets/images",
+        Path(matplotlib.get_data_path()) / "sample_data",
+    )
     files = sorted(file for folder in folders for file in folder.iterdir())
-    found = {kind: [crop for file in files if file.name in names for crop in crops(read_photo(file), 12, rng)]
-             for kind, names in (("photos", REAL), ("textures", TEXTURES))}  # fmt: skip
+    found = {
+        kind: [crop for file in files if file.name in names for crop in crops(read_photo(file), 12, rng)]
+        for kind, names in (("photos", REAL), ("textures", TEXTURES))
+    }
     synthetic = found["synthetic"] = []
     kinds = backgrounds(images, rng)
     for image in images[rng.permutation(len(images))[:40]]:
@@ -146,8 +185,10 @@ def stamps(folder: Path, images: Array, rng: np.random.Generator) -> dict[str, l
         stem = file.stem
         return not (stem in NO_STAMPS or stem.endswith(("_mirror", "_flip"))) and min(Image.open(file).size) >= 60
 
-    files = {kind: [file for part in parts for file in sorted(folder.glob(f"{part}.png")) if usable(file)]
-             for kind, parts in STAMPS.items()}  # fmt: skip
+    files = {
+        kind: [file for part in parts for file in sorted(folder.glob(f"{part}.png")) if usable(file)]
+        for kind, parts in STAMPS.items()
+    }
     return {kind: [scene(file) for file in found for _ in range(STAMP_SCENES)] for kind, found in files.items()}
 
 
@@ -200,11 +241,13 @@ def scores(z: Array, f: Array, c: Array, t: float, means: Array, precision: Arra
         "oddity of contrasts": -oddity.mean(1),
         "excess of contrasts": -excess.mean(1),
         "nearest cosine less 0.02 x oddity": (nearest - 0.02 * oddity).mean(1),
-        **{f"weighted cosines less {weight} x excess": (weighted_cosine - weight * excess).mean(1)
-           for weight in (EXCESS_WEIGHT / 2, EXCESS_WEIGHT, 2 * EXCESS_WEIGHT)},
+        **{
+            f"weighted cosines less {weight} x excess": (weighted_cosine - weight * excess).mean(1)
+            for weight in (EXCESS_WEIGHT / 2, EXCESS_WEIGHT, 2 * EXCESS_WEIGHT)
+        },
         "distance to a class mean": -np.linalg.norm(offset, axis=3).min(2).mean(1),
         "Mahalanobis distance": -np.sqrt(np.einsum("nvcf,fg,nvcg->nvc", offset, precision, offset).min(2)).mean(1),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -248,8 +291,10 @@ def main() -> None:
     print(f"| views | number | {' | '.join(RULES)} |\n| --- | --- |{' --- |' * len(RULES)}")
     rows = []
     for count, mirrored in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (5, 1), (6, 1)):
-        table = [([accuracy(places, mirrored, rule) for rule in RULES], places)
-                 for places in itertools.combinations(range(len(names)), count)]  # fmt: skip
+        table = [
+            ([accuracy(places, mirrored, rule) for rule in RULES], places)
+            for places in itertools.combinations(range(len(names)), count)
+        ]
         best = sorted(table, key=lambda row: -max(row[0]))
         rows += [(values, places, mirrored) for values, places in (best if (count, mirrored) == (1, 1) else best[:2])]
     here = tuple(int(np.abs(np.array(list(candidates(4, 3).values())) - box).sum(1).argmin()) for box in boxes(4, 3))
@@ -270,8 +315,10 @@ def main() -> None:
     for score in found["members"]:
         cells = []
         for own, others in strange.items():
-            areas = [roc_auc_score([1] * len(sets[own]) + [0] * len(sets[kind]), np.r_[found[own][score], found[kind][score]])
-                     for kind in others]  # fmt: skip
+            areas = [
+                roc_auc_score([1] * len(sets[own]) + [0] * len(sets[kind]), np.r_[found[own][score], found[kind][score]])
+                for kind in others
+            ]
             cells += [*areas, np.mean(areas)]
         print(f"| {score} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
 
@@ -293,14 +340,18 @@ def main() -> None:
 
 def measure(classifier: Classifier, folder: Path) -> None:
     """Print what the model makes of real photos in folders named like the classes and "none"."""
-    found = {name: [classifier.classify(views(read_photo(file))) for file in sorted((folder / name).iterdir())]
-             for name in [*classifier.classes, "none"]}  # fmt: skip
+    found = {
+        name: [classifier.classify(views(read_photo(file))) for file in sorted((folder / name).iterdir())]
+        for name in [*classifier.classes, "none"]
+    }
     recall = {name: 100 * np.mean([answer.label == name for answer in found[name]]) for name in classifier.classes}
     memberships = [(name != "none", answer.membership) for name, answers in found.items() for answer in answers]
     refused = [answer.rejected for name, answers in found.items() if name != "none" for answer in answers]
-    print(f"\nReal photos, which chose nothing: mean over classes {np.mean(list(recall.values())):.1f} %, AUROC of none "
-          f"{roc_auc_score(*zip(*memberships, strict=True)):.3f}; of {len(refused)} members {sum(refused)} are refused, of "
-          f"{len(found['none'])} others {sum(answer.rejected for answer in found['none'])}.")  # fmt: skip
+    print(
+        f"\nReal photos, which chose nothing: mean over classes {np.mean(list(recall.values())):.1f} %, AUROC of none "
+        f"{roc_auc_score(*zip(*memberships, strict=True)):.3f}; of {len(refused)} members {sum(refused)} are refused, of "
+        f"{len(found['none'])} others {sum(answer.rejected for answer in found['none'])}."
+    )
     print(", ".join(f"{name} {value:.0f} %" for name, value in recall.items()))
 
 

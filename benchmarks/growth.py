@@ -52,8 +52,10 @@ def main() -> None:
         axis.grid(alpha=0.3)
     figure.suptitle(f"{title}\nwhere not said otherwise: ResNet-20, batches of 128, 1,024 images", fontsize=9)
     file = out / f"{date.today()}-{slug(machine['processor'])}-growth"
-    rows = [{"grows": panel, "depth": depth, "batch_size": size, "images": images, "seconds": found, "median": median(found)}
-            for (panel, depth, size, images), found in seconds.items()]  # fmt: skip
+    rows = [
+        {"grows": panel, "depth": depth, "batch_size": size, "images": images, "seconds": found, "median": median(found)}
+        for (panel, depth, size, images), found in seconds.items()
+    ]
     files.write_json(file.with_suffix(".json"), {"title": title, "machine": machine, "rows": rows})
     figure.savefig(file.with_suffix(".png"), dpi=120)
     print(f"written: {file}.json and .png")

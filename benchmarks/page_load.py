@@ -54,8 +54,10 @@ def main() -> None:
         seconds, memory = time.perf_counter() - started, peak_memory(server.pid)
         server.terminate()
     p50, p99 = np.quantile(times, (0.5, 0.99))
-    print(f"{len(times)} requests, {CLIENTS} clients, none lost: {seconds:.1f} s; p50 {p50:.2f} s, p99 {p99:.2f} s; "
-          f"peak memory {memory / 1000:.0f} MB (server and workers)")  # fmt: skip
+    print(
+        f"{len(times)} requests, {CLIENTS} clients, none lost: {seconds:.1f} s; p50 {p50:.2f} s, p99 {p99:.2f} s; "
+        f"peak memory {memory / 1000:.0f} MB (server and workers)"
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,12 @@ from .progress import progress
 if TYPE_CHECKING:
     from .data import Split
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="ResNets for small images: train a table of settings, evaluate, report, classify photos.")  # fmt: skip
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="ResNets for small images: train a table of settings, evaluate, report, classify photos.",
+)
 
 MODEL_HELP = "A model folder, a finished run folder or a built-in name (resnet32)."
 DATA_HELP = "A folder, cifar-10-python.tar.gz, or 'digits'."
@@ -180,11 +184,16 @@ def _photos(arguments: list[str]) -> list[str]:
         path = Path(argument)
         inside = [argument]
         if path.is_dir():  # a broken link is told, a pipe would be waited for
-            inside = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES
-                            and file.name[0] != "." and (file.is_file() or not file.exists()))  # fmt: skip
+            inside = sorted(
+                str(file)
+                for file in path.iterdir()
+                if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "." and (file.is_file() or not file.exists())
+            )
         if not inside:
-            raise ValueError(f"{path}: holds no photo of its own, and folders in it are not looked into; "
-                             f"allowed: {', '.join(sorted(PHOTO_SUFFIXES))}")  # fmt: skip
+            raise ValueError(
+                f"{path}: holds no photo of its own, and folders in it are not looked into; "
+                f"allowed: {', '.join(sorted(PHOTO_SUFFIXES))}"
+            )
         names += inside
     return names
 

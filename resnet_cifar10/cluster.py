@@ -37,8 +37,9 @@ LINE_SECONDS = 60  # between two lines of progress in a pipe
 _load = cache(load)  # a worker process that Ray uses again keeps the data set
 
 
-def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str, address: str, cpus: int,
-                 gpus: float | None) -> None:  # fmt: skip
+def study_on_ray(
+    settings: Sequence[Setting], data: str, out: Path, device: str, address: str, cpus: int, gpus: float | None
+) -> None:
     """Train every setting with each of its seeds as tasks of a Ray cluster; what is done is skipped.
 
     Args:
@@ -61,8 +62,10 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = gpus if gpus is not None else 0.5 * (device != "cpu" and any("GPU" in node for node in nodes))
         if device != "auto" and (device == "cuda") != (gpus > 0):
-            raise ValueError(f"--device, --gpus: found {device!r} and {gpus:g} GPUs for a run; allowed: "
-                             "cuda with a part of one, cpu with none, or auto")  # fmt: skip
+            raise ValueError(
+                f"--device, --gpus: found {device!r} and {gpus:g} GPUs for a run; allowed: "
+                "cuda with a part of one, cpu with none, or auto"
+            )
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
         print(f"reading {data}", flush=True)
@@ -71,8 +74,10 @@ def study_on_ray(settings: Sequence[Setting], data: str, out: Path, device: str,
         for *_, folder in todo:
             with locked(folder):  # an error where somebody else works on it
                 pass
-        print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs",
-              flush=True)  # fmt: skip
+        print(
+            f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs",
+            flush=True,
+        )
         task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)
         tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
         failed = 0
@@ -127,8 +132,7 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
     return table, f"{table.row_count} running, {len(runs) - table.row_count} waiting, left {left}"
 
 
-def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str,
-          home: Path) -> dict[str, Any]:  # fmt: skip
+def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str, home: Path) -> dict[str, Any]:
     """Do one run on a node and return its result; where an earlier worker of it is still dying, wait for that."""
     os.chdir(home)  # paths may be relative
     if not (folder / "setting.json").exists():
@@ -157,8 +161,13 @@ def _ray(address: str) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         own: Any = {"num_cpus": os.cpu_count(), "object_store_memory": 80_000_000, "_temp_dir": folder}
         try:
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                     **(own if address == "local" else {}))  # fmt: skip
+            ray.init(
+                address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **(own if address == "local" else {}),
+            )
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(f"--ray: found {address!r}; {error}") from None
         try:

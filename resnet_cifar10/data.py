@@ -62,8 +62,10 @@ def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     quota = np.floor(exact).astype(int)
     quota[np.argsort(quota - exact, kind="stable")[: size - quota.sum()]] += 1  # the largest remainders first
     if (quota >= counts)[counts > 0].any():
-        raise ValueError(f"key 'validation_size': found {size}; allowed: fewer of the {len(classes)} images, "
-                         "so that every class keeps one for training")  # fmt: skip
+        raise ValueError(
+            f"key 'validation_size': found {size}; allowed: fewer of the {len(classes)} images, "
+            "so that every class keeps one for training"
+        )
     held = [rng.permutation(np.flatnonzero(classes == c))[:n] for c, n in enumerate(quota)]
     validation = np.sort(np.concatenate(held))
     return torch.from_numpy(np.setdiff1d(np.arange(len(classes)), validation)), torch.from_numpy(validation)
@@ -83,8 +85,9 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def batches(split: Split, batch_size: int, augmentation: str, seed: int, epoch: int, fill: Tensor, rank: int = 0,
-            processes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+def batches(
+    split: Split, batch_size: int, augmentation: str, seed: int, epoch: int, fill: Tensor, rank: int = 0, processes: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
 
     Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator.

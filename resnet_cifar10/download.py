@@ -59,8 +59,10 @@ def download(folder: Path, url: str | None = None) -> Path:
 
     """
     if url is not None and not re.fullmatch(r"https?://[!-.0-?A-~]+(/[!-~]*)?", url):  # ASCII; no "@" in the host
-        raise ValueError(f"option '--url': found {url!r}; allowed: http://HOST/... or https://HOST/..., no password, "
-                         "blanks and non-English letters percent-encoded")  # fmt: skip
+        raise ValueError(
+            f"option '--url': found {url!r}; allowed: http://HOST/... or https://HOST/..., no password, "
+            "blanks and non-English letters percent-encoded"
+        )
     archive = folder / ARCHIVE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +83,9 @@ def download(folder: Path, url: str | None = None) -> Path:
     except BlockingIOError:
         raise JobFailed(f"{archive}: another process is downloading it") from None
     except OSError as error:
-        raise JobFailed(f"{error.filename or folder}: {error.strerror or error}; "
-                             "once that is solved, the same command goes on") from None  # fmt: skip
+        raise JobFailed(
+            f"{error.filename or folder}: {error.strerror or error}; once that is solved, the same command goes on"
+        ) from None
     return archive
 
 
@@ -137,8 +140,9 @@ def _receive(mirror: str, part: BufferedRandom, show: Callable[[int], None]) -> 
         raise _Broken(_why(error)) from None
     with response:
         content_range = response.headers.get("Content-Range", "")
-        if response.status == 206 and not (content_range.startswith(f"bytes {have}-")
-                                           and content_range.endswith((f"/{SIZE_BYTES}", "/*"))):  # fmt: skip
+        if response.status == 206 and not (
+            content_range.startswith(f"bytes {have}-") and content_range.endswith((f"/{SIZE_BYTES}", "/*"))
+        ):
             part.truncate(part.seek(0))
             raise _Broken(f"asked to go on at byte {have} of {SIZE_BYTES}, it offers {one_line(content_range)!r}")
         if response.status != 206 and response.length not in (None, SIZE_BYTES):
@@ -178,8 +182,11 @@ def _progress(have: int) -> Iterator[Callable[[int], None]]:
             bar.update(task.id, completed=have)
             due = task.percentage // 10 != said_percent // 10 or time.monotonic() - said_at > LINE_SECONDS
             if due and not terminal and task.speed:
-                print(f"{have / 1e6:.1f} of {SIZE_BYTES / 1e6:.1f} MB ({task.percentage:.0f} %), {task.speed / 1e6:.2f} MB/s, "
-                      f"{timedelta(seconds=task.time_remaining or 0)} left", flush=True)  # fmt: skip
+                print(
+                    f"{have / 1e6:.1f} of {SIZE_BYTES / 1e6:.1f} MB ({task.percentage:.0f} %), {task.speed / 1e6:.2f} MB/s, "
+                    f"{timedelta(seconds=task.time_remaining or 0)} left",
+                    flush=True,
+                )
                 said_percent, said_at = task.percentage, time.monotonic()
 
         yield show

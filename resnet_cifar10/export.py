@@ -75,8 +75,11 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
 
     check_writable(out.parent)
     network, config = load_model(model)
-    shapes = {"class_directions": (len(config["classes"]), network.widths[2]),
-              "contrast_mean": network.widths[1:2], "contrast_std": network.widths[1:2]}  # fmt: skip
+    shapes = {
+        "class_directions": (len(config["classes"]), network.widths[2]),
+        "contrast_mean": network.widths[1:2],
+        "contrast_std": network.widths[1:2],
+    }
     for key, wanted in shapes.items():
         if (found := np.shape(config.get(key) or [])) != wanted:
             raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
@@ -87,10 +90,16 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         warnings.simplefilter("ignore")  # the exporter warns of its own dependencies' deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            deployed, (images[:2],), dynamo=True, opset_version=OPSET, verbose=False, optimize=True,
-            input_names=["images"], output_names=["probabilities", "membership", "activation_map"],
+            deployed,
+            (images[:2],),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            optimize=True,
+            input_names=["images"],
+            output_names=["probabilities", "membership", "activation_map"],
             dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-        )  # fmt: skip
+        )
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:

@@ -10,18 +10,49 @@ import numpy as np
 
 from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, signed, spread, welch
 
-COLUMNS = ("Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr", "Epoch",
-           "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
-           "Early stopping epoch", "Accuracy")  # fmt: skip
+COLUMNS = (
+    "Model",
+    "Batch size",
+    "Activation function",
+    "Weight initialization",
+    "Optimizer",
+    "lr",
+    "Epoch",
+    "Normalization",
+    "Weight decay",
+    "Data augmentation",
+    "lr decay",
+    "Training time (m)",
+    "Early stopping epoch",
+    "Accuracy",
+)
 COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
-WORDS = {"relu": "ReLU", "leaky_relu": "Leaky ReLU", "gelu": "GELU", "silu": "SiLU", "he_normal": "He_normal",
-         "xavier_normal": "Xavier_normal", "pytorch": "PyTorch default", "adam": "Adam", "adamw": "AdamW", "muon": "Muon",
-         "batch": "Batch Norm", "sync_batch": "Batch Norm (synchronised)",
-         "layer": "Layer Norm", "group": "Group Norm", "none": "None"}  # fmt: skip
-AUGMENTATIONS = {"none": "none", "crop": "padding by 4 with a random 32×32 crop", "flip": "random horizontal flip",
-                 "altflip": "each image mirrored in every second epoch",
-                 "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
-                 "cutout": "a random square erased (cutout)", "mixup": "pairs of images mixed (mixup)"}  # fmt: skip
+WORDS = {
+    "relu": "ReLU",
+    "leaky_relu": "Leaky ReLU",
+    "gelu": "GELU",
+    "silu": "SiLU",
+    "he_normal": "He_normal",
+    "xavier_normal": "Xavier_normal",
+    "pytorch": "PyTorch default",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "batch": "Batch Norm",
+    "sync_batch": "Batch Norm (synchronised)",
+    "layer": "Layer Norm",
+    "group": "Group Norm",
+    "none": "None",
+}
+AUGMENTATIONS = {
+    "none": "none",
+    "crop": "padding by 4 with a random 32×32 crop",
+    "flip": "random horizontal flip",
+    "altflip": "each image mirrored in every second epoch",
+    "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
+    "cutout": "a random square erased (cutout)",
+    "mixup": "pairs of images mixed (mixup)",
+}
 
 
 def span(numbers: Iterable[float], form: str = ",") -> str:
@@ -60,14 +91,27 @@ def cells(row: Row) -> list[str]:
     sgd = "SGD (momentum)" if s.momentum else "SGD"
     accuracy = [f"{spread(tests)}\n(n = {len(tests)})"] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
-    accuracy += [(f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
-                 for run in row.runs if not run.result]  # fmt: skip
-    return [model + (" (pre-activation)" if s.block == "pre" else ""), str(s.batch_size), WORDS[s.activation],
-            "Pretrained" if s.start_from else WORDS[s.weight_init], WORDS.get(s.optimizer, sgd), f"{s.lr:g}", str(s.epochs),
-            WORDS[s.normalization],
-            "O" if s.weight_decay else "X", "X" if s.augmentation == "none" else "O", "X" if s.lr_decay == "none" else "O",
-            span(minutes, ".1f") or "–", span(run.result["best_epoch"] for run in row.done) or "–",
-            "\n".join(accuracy)]  # fmt: skip
+    accuracy += [
+        (f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
+        for run in row.runs
+        if not run.result
+    ]
+    return [
+        model + (" (pre-activation)" if s.block == "pre" else ""),
+        str(s.batch_size),
+        WORDS[s.activation],
+        "Pretrained" if s.start_from else WORDS[s.weight_init],
+        WORDS.get(s.optimizer, sgd),
+        f"{s.lr:g}",
+        str(s.epochs),
+        WORDS[s.normalization],
+        "O" if s.weight_decay else "X",
+        "X" if s.augmentation == "none" else "O",
+        "X" if s.lr_decay == "none" else "O",
+        span(minutes, ".1f") or "–",
+        span(run.result["best_epoch"] for run in row.done) or "–",
+        "\n".join(accuracy),
+    ]
 
 
 def meaning(row: Row) -> dict[str, str]:
@@ -75,8 +119,12 @@ def meaning(row: Row) -> dict[str, str]:
     s = row.setting
     momentum = f"momentum {s.momentum:g}{', Nesterov' if s.nesterov or s.optimizer == 'muon' else ''}"
     percent, epochs = (join([f"{m * whole:g}" for m in s.lr_milestones]) for whole in (100, s.epochs))
-    decay = {"none": "constant lr", "step": f"times {s.lr_factor:g} at {percent} % of the run (after {epochs} epochs)",
-             "cosine": "half a cosine down to 0", "linear": "a straight line down to 0"}[s.lr_decay]  # fmt: skip
+    decay = {
+        "none": "constant lr",
+        "step": f"times {s.lr_factor:g} at {percent} % of the run (after {epochs} epochs)",
+        "cosine": "half a cosine down to 0",
+        "linear": "a straight line down to 0",
+    }[s.lr_decay]
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
     counted = f", counted from {since} on," if since else ""
@@ -99,12 +147,12 @@ def meaning(row: Row) -> dict[str, str]:
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Teacher": imitation if s.teacher else "none",
         "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "
-                             "compare settings only where processor and threads are the same (last section)",
+        "compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Accuracy": "percent of the test images, which are classified once, at the end, with the kept weights; mean ± "
-                    "sample standard deviation where n, the number of seeds, is above 1",
-    }  # fmt: skip
+        "sample standard deviation where n, the number of seeds, is above 1",
+    }
 
 
 def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None) -> str:
@@ -168,8 +216,13 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
     tested, validated = ([row for row in rows if row.accuracies(split)] for split in ("test", "validation"))
     highest = max(tested, key=lambda row: (float(np.mean(row.accuracies("test"))), row is best), default=best)
     if best and highest and highest is not best:
-        found.append(("Chosen by validation", f"{highest.name} has the highest test accuracy, but the choice is made by "
-                      "validation accuracy, so that the test images stay unseen until the end."))  # fmt: skip
+        found.append(
+            (
+                "Chosen by validation",
+                f"{highest.name} has the highest test accuracy, but the choice is made by "
+                "validation accuracy, so that the test images stay unseen until the end.",
+            )
+        )
     for row in validated:
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
@@ -181,9 +234,14 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         those = "" if all(augmented) else " where a setting has augmentation"
         changed = f", on augmented images{those}; on the same images unaltered it is usually higher, and so is the gap"
         changed = changed if any(augmented) else ""
-        found.append(("Overfitting", "A network usually does better on the images that it has learned from. Training against "
-                      f"validation accuracy at the kept epoch{', least and most' if many else ''}: {shown}. Training accuracy "
-                      f"is counted during the epoch, while the network still learns{changed}."))  # fmt: skip
+        found.append(
+            (
+                "Overfitting",
+                "A network usually does better on the images that it has learned from. Training against "
+                f"validation accuracy at the kept epoch{', least and most' if many else ''}: {shown}. Training accuracy "
+                f"is counted during the epoch, while the network still learns{changed}.",
+            )
+        )
     return found
 
 
@@ -198,54 +256,73 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
         of = f"{each}of {named(single)}" if several else "a setting"
         said.append(f"One seed {of}: how far another one would end from it is not known.")
     if any(each.p is not None for each in compared):
-        said.append(f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
-                    "show that there is no difference. The intervals are of the chance of the seeds alone, which they take as "
-                    "normally distributed; all settings were measured with the same test images.")  # fmt: skip
-    return [*said, f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or "
-            "fewer.", f"One data set: {data}. On other pictures the settings may rank differently."]  # fmt: skip
+        said.append(
+            f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
+            "show that there is no difference. The intervals are of the chance of the seeds alone, which they take as "
+            "normally distributed; all settings were measured with the same test images."
+        )
+    return [
+        *said,
+        f"Runs of {span(epochs)} epoch{'s' if max(epochs) > 1 else ''}: what helps here may not help in more or fewer.",
+        f"One data set: {data}. On other pictures the settings may rank differently.",
+    ]
 
 
-def notes(rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]],
-          compared: Sequence[Comparison], data: str) -> dict[str, str]:  # fmt: skip
+def notes(
+    rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], compared: Sequence[Comparison], data: str
+) -> dict[str, str]:
     """Write what stands beside the pictures and tables, for both forms of the report."""
-    lines = ("Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
-             "highest seed. ") if any(len(row.runs) > 1 for row in rows) else ""  # fmt: skip
-    alike = [f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of "
-             f"{ALIKE}." for first, *more in groups if more]  # fmt: skip
+    lines = enlarged = seeds = once = ""
+    if any(len(row.runs) > 1 for row in rows):
+        lines = (
+            "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
+            "highest seed. "
+        )
+    if any(row.done and row.curves("lr").shape[1] >= 40 for row in rows):  # in fewer epochs, a twentieth is one
+        enlarged = (
+            " In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
+            "slope that begins before it; thin lines are single epochs."
+        )
+    if any(each.p is not None for each in compared):
+        seeds = (
+            "Where both sides have several seeds, interval and p are of Welch's t test, and the last column says whether the "
+            "seeds tell the two apart: yes, also when all comparisons of this table are tested at once (Holm's correction, "
+            "5 %); by itself only: of twenty such tests of equal settings one is expected to say so; or no. "
+        )
+    if any(each.single for each in compared):
+        once = "With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
+    alike = [
+        f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of {ALIKE}."
+        for first, *more in groups
+        if more
+    ]
     unfinished = "" if all(row.done for row in rows) else "; of an unfinished setting it is the last of the curve"
-    smoothed = any(row.done and row.curves("lr").shape[1] >= 40 for row in rows)  # in fewer, a twentieth is one epoch
-    enlarged = (" In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
-                "slope that begins before it; thin lines are single epochs.") if smoothed else ""  # fmt: skip
-    seeds = ("Where both sides have several seeds, interval and p are of Welch's t test, and the last column says whether the "
-             "seeds tell the two apart: yes, also when all comparisons of this table are tested at once (Holm's correction, "
-             "5 %); by itself only: of twenty such tests of equal settings one is expected to say so; or no. "
-             ) if any(each.p is not None for each in compared) else ""  # fmt: skip
-    once = ("With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
-            ) if any(each.single for each in compared) else ""  # fmt: skip
-    jpeg = ("These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
-            "detail that the copy has lost; the two must not be set side by side.")  # fmt: skip
+    jpeg = (
+        "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
+        "detail that the copy has lost; the two must not be set side by side."
+    )
     return {
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
-                    f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
+        f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
         "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its number format.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
-                  "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
-                  f"weights{unfinished}.",
+        "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
+        f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
         "comparisons": f"Points: the difference in test accuracy. {seeds}{once}Where several things differ, a comparison does "
-                       "not tell which of them did it.",
+        "not tell which of them did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
-                   "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
-                   f"straight slope is the same factor in every block.{''.join(alike)}",
+        "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
+        f"straight slope is the same factor in every block.{''.join(alike)}",
         "mistakes": "Each with its true class, the class it was taken for, and the probability given to that.",
         "classes": "Accuracy of a class: the share of its images that were classified correctly. Precision: of the images "
-                   "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
+        "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
         "differences": f"Mean difference in test accuracy against {baseline.name if baseline else ''} with its 95 % interval "
-                       "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
-                       "hollow: by itself only; grey: they cannot. The axis is logarithmic beyond 2 points.",
+        "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
+        "hollow: by itself only; grey: they cannot. The axis is logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
-    }  # fmt: skip
+    }
 
 
 def provenance(row: Row) -> dict[str, str]:
@@ -262,12 +339,16 @@ def provenance(row: Row) -> dict[str, str]:
     nothing = "none" if row.done else "none yet"
     marked = [f"seed {run.seed}, {why}" for run in row.runs if (why := run.environment.get("not_bit_exact"))]
     return {
-        "Data": seen("data"), "Training images": seen("training_images"), "Validation images": seen("validation_images"),
+        "Data": seen("data"),
+        "Training images": seen("training_images"),
+        "Validation images": seen("validation_images"),
         "Test images": span(measured["n"] for measured in row.measured("test")) or nothing,
-        "Processor": seen("processor"), "Device, threads": seen("device", "threads"), "Precision": seen("precision"),
+        "Processor": seen("processor"),
+        "Device, threads": seen("device", "threads"),
+        "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
         "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),
         "Not bit-exact": "; ".join(marked) or "none; each run equals an uninterrupted one on its machine",
-    }  # fmt: skip
+    }

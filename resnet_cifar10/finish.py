@@ -30,8 +30,9 @@ SHORT_SIDE = 128  # pixels of these photos
 NEVER = -1e9  # the rejection threshold of a network without validation images
 
 
-def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None,
-           device: str) -> dict[str, Any]:  # fmt: skip
+def finish(
+    folder: Path, model: ResNet, config: dict[str, Any], validation: Split, test: Split | None, device: str
+) -> dict[str, Any]:
     """Find on validation all that config.json lacks, classify the test split, write the model folder.
 
     The row of the last layer stands for a class that has no validation images; without any, nothing is ever refused.
@@ -48,11 +49,14 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
     contrast_mean, contrast_std = torch.zeros(model.widths[1]), torch.ones(model.widths[1])
     metrics: dict[str, Any] = {"validation": None, "test": None}
     splits = {part: split for part, split in (("validation", validation), ("test", test)) if split}
-    logits = {part: predict(model, split.images.to(device), config["mean"], config["std"]).cpu()
-              for part, split in splits.items()}  # fmt: skip
+    logits = {
+        part: predict(model, split.images.to(device), config["mean"], config["std"]).cpu() for part, split in splits.items()
+    }
     if not all(values.isfinite().all() for values in logits.values()):  # the last step can spoil the weights after its loss
-        raise JobFailed(f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
-                        "are not finite; a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
+        raise JobFailed(
+            f"{config['setting']['name']}, seed {config['seed']}: the logits of epoch {config['best_epoch']} "
+            "are not finite; a smaller lr, a warm-up or a normalisation helps"
+        )
     if validation:
         temperature = fit_temperature(logits["validation"], validation.labels)
         images = validation.images.to(device)
@@ -66,12 +70,22 @@ def finish(folder: Path, model: ResNet, config: dict[str, Any], validation: Spli
         metrics[part]["mistakes"] = mistakes(logits[part] / temperature, split)
         print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
     config = config | {
-        "classes": list(validation.classes), "input_size": SIZE, "temperature": temperature, "rejection_threshold": NEVER,
-        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in (
-            ("class_directions", F.normalize(class_means)), ("contrast_mean", contrast_mean), ("contrast_std", contrast_std))},
-        "accuracy": {part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")}
-                     for part, values in metrics.items()},
-    }  # fmt: skip
+        "classes": list(validation.classes),
+        "input_size": SIZE,
+        "temperature": temperature,
+        "rejection_threshold": NEVER,
+        **{
+            key: np.round(numbers.double().numpy(), 6).tolist()
+            for key, numbers in (
+                ("class_directions", F.normalize(class_means)),
+                ("contrast_mean", contrast_mean),
+                ("contrast_std", contrast_std),
+            )
+        },
+        "accuracy": {
+            part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()
+        },
+    }
     save_model(folder, model, config)
     export(folder, folder / "model.onnx")
     if validation:
@@ -88,8 +102,15 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
     shown = []
     for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist():
         png = encoded(Image.fromarray(split.images[index].numpy()), "PNG")
-        shown.append({"index": index, "label": split.classes[split.labels[index]], "predicted": split.classes[predicted[index]],
-                      "probability": float(probability[index]), "png": base64.b64encode(png).decode()})  # fmt: skip
+        shown.append(
+            {
+                "index": index,
+                "label": split.classes[split.labels[index]],
+                "predicted": split.classes[predicted[index]],
+                "probability": float(probability[index]),
+                "png": base64.b64encode(png).decode(),
+            }
+        )
     return shown
 
 
@@ -110,8 +131,9 @@ def mirrored_tiles(image: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
     return Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
 
 
-def framed(image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator,
-           background: Image.Image | None = None) -> Image.Image:  # fmt: skip
+def framed(
+    image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator, background: Image.Image | None = None
+) -> Image.Image:
     """Make a photo out of a picture uint8 [32, 32, 3]: in front of a background, or else of its own blurred colours.
 
     Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side, is stretched by up
@@ -145,8 +167,12 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
   these", as is one in twenty photos made of validation images."""
     if not accuracy["validation"]:
         members = 'No photo is answered with "none of these": that takes validation images.'
-    rows = [f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
-            f"{values['n']:,} |" for part, values in accuracy.items() if values]  # fmt: skip
+    rows = [
+        f"| {part} | {values['accuracy']:.2f} % | {values['interval_95'][0]:.2f} to {values['interval_95'][1]:.2f} | "
+        f"{values['n']:,} |"
+        for part, values in accuracy.items()
+        if values
+    ]
     results = "\n".join(rows)
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
     start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""

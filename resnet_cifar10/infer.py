@@ -56,8 +56,9 @@ def model_folder(model: str | Path) -> Path:
     if (path / "result.json").is_file():
         raise ValueError(f"{path}: a finished run whose folder 'model' is not here; allowed: one that has it")
     names = ", ".join(sorted(entry.name for entry in BUILT_IN.iterdir()))
-    raise ValueError(f"{model}: no such model; allowed: a model folder, a finished run folder "
-                     f"(OUT/<setting>/seed-<n>), or built-in: {names}")  # fmt: skip
+    raise ValueError(
+        f"{model}: no such model; allowed: a model folder, a finished run folder (OUT/<setting>/seed-<n>), or built-in: {names}"
+    )
 
 
 class _Config(BaseModel, strict=True):  # what is needed of config.json; the rest is for readers

@@ -65,10 +65,15 @@ def environment(device: str) -> dict[str, Any]:
         git = ["git", "-C", str(here), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "git_commit": commit or "unknown", "code_sha256": code, "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "system": platform.system(),
+        "git_commit": commit or "unknown",
+        "code_sha256": code,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "system": platform.system(),
         "processor": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-    }  # fmt: skip
+    }

@@ -14,6 +14,13 @@ from .norms import BatchNorm2d, SyncBatchNorm2d
 
 MAX_DEPTH = 1202  # the deepest network of He et al. 2015, table 6
 GROUPS = 8  # of group normalisation (Wu & He 2018)
+NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": BatchNorm2d,
+    "sync_batch": SyncBatchNorm2d,
+    "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
+    "group": lambda channels: nn.GroupNorm(GROUPS, channels),
+    "none": lambda channels: nn.Identity(),
+}
 
 
 class Block(nn.Module):
@@ -23,8 +30,18 @@ class Block(nn.Module):
     pre-activation (He et al. 2016, arXiv:1603.05027) normalises and activates before each convolution.
     """
 
-    def __init__(self, c_in: int, c_out: int, stride: int, conv: Callable[..., nn.Module], norm: Callable[[int], nn.Module],
-                 activation: nn.Module, shortcut: bool, pre: bool, first: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        stride: int,
+        conv: Callable[..., nn.Module],
+        norm: Callable[[int], nn.Module],
+        activation: nn.Module,
+        shortcut: bool,
+        pre: bool,
+        first: bool,
+    ) -> None:
         super().__init__()
         self.conv1 = conv(c_in, c_out, stride=stride)
         self.norm1 = norm(c_in if pre else c_out)
@@ -52,9 +69,18 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet of depth 6n + 2: one convolution, three stages of n blocks, average pooling, one linear layer."""
 
-    def __init__(self, depth: int, classes: int = 10, width: int = 16, block: str = "post", shortcut: bool = True,
-                 activation: str = "relu", leaky_slope: float = 0.1, normalization: str = "batch",
-                 weight_init: str = "he_normal") -> None:  # fmt: skip
+    def __init__(
+        self,
+        depth: int,
+        classes: int = 10,
+        width: int = 16,
+        block: str = "post",
+        shortcut: bool = True,
+        activation: str = "relu",
+        leaky_slope: float = 0.1,
+        normalization: str = "batch",
+        weight_init: str = "he_normal",
+    ) -> None:
         """Build and initialise the network; every argument takes the values that settings.Setting allows.
 
         Raises:
@@ -65,19 +91,14 @@ class ResNet(nn.Module):
         n, rest = divmod(depth - 2, 6)
         if rest or not 8 <= depth <= MAX_DEPTH:
             raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")
-        norm = _choose("normalization", normalization, {
-            "batch": BatchNorm2d, "sync_batch": SyncBatchNorm2d,
-            "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
-            "group": lambda channels: nn.GroupNorm(GROUPS, channels),
-            "none": lambda channels: nn.Identity(),
-        })  # fmt: skip
+        norm = _choose("normalization", normalization, NORMALIZATIONS)
         pre = _choose("block", block, {"post": False, "pre": True})
         # In place, the backward pass reads the signs from the saved output; otherwise torch.compile stores them separately,
         # which makes a step almost three times as slow (benchmarks/README.md).
         in_place = not (pre and normalization == "none")  # there the shortcut still needs the input
-        act = _choose("activation", activation, {
-            "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(leaky_slope, in_place), "gelu": nn.GELU(), "silu": nn.SiLU(),
-        })  # fmt: skip
+        leaky = nn.LeakyReLU(leaky_slope, in_place)
+        activations = {"relu": nn.ReLU(), "leaky_relu": leaky, "gelu": nn.GELU(), "silu": nn.SiLU()}
+        act = _choose("activation", activation, activations)
         # a normalisation's own shift makes the bias of a convolution useless
         conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=normalization == "none")
 
@@ -100,12 +121,10 @@ class ResNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # each pixel's channels together: faster
 
     def _initialise(self, weight_init: str, slope: float) -> None:
-        init = _choose("weight_init", weight_init, {
-            # variance 2 / fan_in keeps the size of activations through ReLU (He et al. 2015, arXiv:1502.01852, eq. 10)
-            "he_normal": lambda w: nn.init.kaiming_normal_(w, a=slope, nonlinearity="leaky_relu"),
-            "xavier_normal": nn.init.xavier_normal_,  # variance 2 / (fan_in + fan_out), Glorot & Bengio 2010
-            "pytorch": None,
-        })  # fmt: skip
+        # variance 2 / fan_in keeps the size of activations through ReLU (He et al. 2015, arXiv:1502.01852, eq. 10)
+        he = partial(nn.init.kaiming_normal_, a=slope, nonlinearity="leaky_relu")
+        xavier = nn.init.xavier_normal_  # variance 2 / (fan_in + fan_out), Glorot & Bengio 2010
+        init = _choose("weight_init", weight_init, {"he_normal": he, "xavier_normal": xavier, "pytorch": None})
         if init is None:
             return
         for module in self.modules():

@@ -98,8 +98,10 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
     Chosen with benchmarks/framing.py among the whole, its squares and closer ones of both; the table is in docs/photos.md.
     """
     side = 0.75 * min(width, height)
-    return [((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
-            for w, h in ((0.85 * width, 0.85 * height), (side, side))]  # fmt: skip
+    return [
+        ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+        for w, h in ((0.85 * width, 0.85 * height), (side, side))
+    ]
 
 
 def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -20,9 +20,14 @@ from .settings import slug
 
 INK, MUTED, GRID, PAPER = "#1c2026", "#5d6673", "#dfe3e8", "#fefefe"
 # Colours apart for the colour-blind (after Okabe & Ito), dashes apart in grey print.
-LINES: list[tuple[str, Any]] = [("#0b66a8", "-"), ("#c4490c", (0, (5, 1.5))), ("#00805c", (0, (1.5, 1))),
-                                ("#9c4480", (0, (6, 1.5, 1.5, 1.5))), ("#8a6a00", (0, (4, 1, 1, 1, 1, 1))),
-                                ("#3f4752", (0, (9, 2)))]  # fmt: skip
+LINES: list[tuple[str, Any]] = [
+    ("#0b66a8", "-"),
+    ("#c4490c", (0, (5, 1.5))),
+    ("#00805c", (0, (1.5, 1))),
+    ("#9c4480", (0, (6, 1.5, 1.5, 1.5))),
+    ("#8a6a00", (0, (4, 1, 1, 1, 1, 1))),
+    ("#3f4752", (0, (9, 2))),
+]
 SHADES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", **{line[0]: f"line{i}" for i, line in enumerate(LINES)}}
 
 TICKS = (-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)  # points
@@ -44,12 +49,27 @@ def draw(name: str, alt: str, size: tuple[float, float], paint: Callable[[Any], 
     from matplotlib.figure import Figure
 
     style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "text.color": INK, "font.size": 9,
-        "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.titlecolor": MUTED, "axes.titlesize": 9, "axes.grid": True,
-        "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID,
-        "grid.linewidth": 0.6, "xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED, "lines.linewidth": 1.4,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "text.parse_math": False,
+        "text.color": INK,
+        "font.size": 9,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": MUTED,
+        "axes.titlecolor": MUTED,
+        "axes.titlesize": 9,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "lines.linewidth": 1.4,
+    }
     png, svg = io.BytesIO(), io.StringIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a letter that the PNG cannot show; the page can
@@ -197,8 +217,13 @@ def plot_one(row: Row) -> Picture:
                 panel.set(ylabel="accuracy (%)", ylim=(max(0, panel.get_ylim()[0] - 3), 101))
             else:
                 panel.set(ylabel="loss", ylim=(0, None))
-            label_ends(panel, [(values.shape[1], float(values.mean(0)[-1]), part, line)
-                               for (values, line), part in zip(curves, ("training", "validation"), strict=True)])  # fmt: skip
+            label_ends(
+                panel,
+                [
+                    (values.shape[1], float(values.mean(0)[-1]), part, line)
+                    for (values, line), part in zip(curves, ("training", "validation"), strict=True)
+                ],
+            )
         plot_curves(below, row.curves("lr")[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr")
         if s.lr_decay == "step":
@@ -218,8 +243,11 @@ def plot_differences(baseline: Row, compared: Sequence[Comparison]) -> Picture:
 
     The axis is linear within two points of zero and logarithmic beyond, so that small and large differences can be read.
     """
-    told = [(each, *each.interval, f"{signed(each.gain)} ({' to '.join(map(signed, each.interval))})")
-            for each in reversed(compared) if each.interval]  # fmt: skip
+    told = [
+        (each, *each.interval, f"{signed(each.gain)} ({' to '.join(map(signed, each.interval))})")
+        for each in reversed(compared)
+        if each.interval
+    ]
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -288,8 +316,16 @@ def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
             share = counts[true, taken] / counts[true].sum()
             cell = Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0)
             axes.add_patch(cell)
-            axes.text(taken, true, str(counts[true, taken]), ha="center", va="center", fontsize=min(8, 20 * side / len(names)),
-                      color=PAPER if share > 0.4 else INK, in_layout=False)  # fmt: skip
+            axes.text(
+                taken,
+                true,
+                str(counts[true, taken]),
+                ha="center",
+                va="center",
+                fontsize=min(8, 20 * side / len(names)),
+                color=PAPER if share > 0.4 else INK,
+                in_layout=False,
+            )
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
         axes.set(xlabel="taken for", ylabel="true class")
         size = min(9, 60 * side / len(names))

@@ -25,8 +25,23 @@ from .photo import read_photo, views
 from .plots import INK, Picture, raster
 from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
 
-SOURCES = ("resnet_cifar10", "settings", "tests", "torture", "benchmarks", "docs", ".ci", ".gitignore", "README.md", "LICENSE",
-           "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")  # fmt: skip
+SOURCES = (
+    "resnet_cifar10",
+    "settings",
+    "tests",
+    "torture",
+    "benchmarks",
+    "docs",
+    ".ci",
+    ".gitignore",
+    "README.md",
+    "LICENSE",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "Makefile",
+    "pyproject.toml",
+    "constraints.txt",
+)
 
 
 def top_of(rows: Sequence[Row]) -> list[Row]:
@@ -49,8 +64,15 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         return None
     names, counts = list(m["per_class"]), m["confusion"]
     shown = [row for row in rows if row.measured(split)] if len(rows) <= FEW else [best]
-    classes = [(name, [_mean(row, split, name, "recall") for row in shown], _mean(best, split, name, "precision"),
-                int(m["per_class"][name]["n"])) for name in names]  # fmt: skip
+    classes = [
+        (
+            name,
+            [_mean(row, split, name, "recall") for row in shown],
+            _mean(best, split, name, "precision"),
+            int(m["per_class"][name]["n"]),
+        )
+        for name in names
+    ]
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
@@ -58,16 +80,25 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         f"On average the stated confidence is {m['calibration_error']:.1f} points from the share that is right (expected "
         f"calibration error), and the log-loss is {m['negative_log_likelihood']:.3f}"
     )
-    text += (f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
-             "validation images, brings that to "
-             f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
-             if run.result["validation"] else ".")  # fmt: skip
+    text += (
+        f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
+        "validation images, brings that to "
+        f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
+        if run.result["validation"]
+        else "."
+    )
     chosen = len(best.done) > 1 and run.result["validation"]
     which = ", the one with the best validation accuracy" if chosen else ""
-    return {"name": best.name, "shown": shown, "classes": classes, "split": split,
-            "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
-            "calibration": text, "confusion": plots.plot_confusion(m, split),
-            "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None}  # fmt: skip
+    return {
+        "name": best.name,
+        "shown": shown,
+        "classes": classes,
+        "split": split,
+        "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
+        "calibration": text,
+        "confusion": plots.plot_confusion(m, split),
+        "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None,
+    }
 
 
 def _mean(row: Row, split: str, name: str, what: str) -> float:
@@ -134,8 +165,15 @@ def portable(path: str | Path) -> str:
     return printable(Path(path).name if Path(path).is_absolute() else str(path))
 
 
-def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), photo_model: str | Path | None = None,
-           words: Path | None = None, baseline_name: str | None = None, goal: float | None = None) -> Path:  # fmt: skip
+def report(
+    folders: Sequence[Path],
+    out: Path,
+    photos: Sequence[Path] = (),
+    photo_model: str | Path | None = None,
+    words: Path | None = None,
+    baseline_name: str | None = None,
+    goal: float | None = None,
+) -> Path:
     """Write report.html (one file), report.md and plots/ into `out`, from the run folders under `folders`.
 
     The photos are classified by `photo_model`, or else by the best run; `words` is a Markdown file of interpretation, a "# ..."
@@ -185,17 +223,30 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
-    for option, value in (("--photo-model", photo_model), ("--words", words), ("--baseline", baseline_name),
-                          ("--goal", goal and f"{goal:g}")):  # fmt: skip
+    for option, value in (
+        ("--photo-model", photo_model),
+        ("--words", words),
+        ("--baseline", baseline_name),
+        ("--goal", goal and f"{goal:g}"),
+    ):
         options += [option, str(value)] if value else []
     content: dict[str, Any] = {
-        "title": title, "data": data, "answer": findings.answer(rows, best, data, goal), "best": badge, "detail": detail,
-        "columns": findings.COLUMNS, "rows": [(row, findings.cells(row)) for row in rows],
+        "title": title,
+        "data": data,
+        "answer": findings.answer(rows, best, data, goal),
+        "best": badge,
+        "detail": detail,
+        "columns": findings.COLUMNS,
+        "rows": [(row, findings.cells(row)) for row in rows],
         "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
-        "machine": findings.merged(rows, findings.provenance), "overview": overview, "many": many, "plots": alone,
+        "machine": findings.merged(rows, findings.provenance),
+        "overview": overview,
+        "many": many,
+        "plots": alone,
         "comparison_columns": findings.COMPARISON_COLUMNS,
         "comparisons": [findings.comparison_cells(each) for each in compared],
-        "findings": findings.findings(rows, best), "photos": cards,
+        "findings": findings.findings(rows, best),
+        "photos": cards,
         "notes": findings.notes(rows, baseline, groups, compared, data) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
@@ -203,9 +254,13 @@ def report(folders: Sequence[Path], out: Path, photos: Sequence[Path] = (), phot
         "limits": findings.limits(rows, compared, data),
         "words_html": MarkdownIt("js-default", {"html": False}).render(text_of_words),
         "command": shlex.join(["resnet-cifar10", "report", *map(portable, options)]),
-    }  # fmt: skip
-    settings: Any = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "undefined": jinja2.StrictUndefined,
-                     "trim_blocks": True, "lstrip_blocks": True}  # fmt: skip
+    }
+    settings: Any = {
+        "loader": jinja2.FileSystemLoader(Path(__file__).parent),
+        "undefined": jinja2.StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+    }
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
     markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
     text = markdown_of.get_template("report.md.j2").render(content)
@@ -237,8 +292,11 @@ def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
         if not needed.is_file():
             raise ValueError(f"{needed}: missing; packing needs a written report and a checkout of the sources")
     pictures = re.findall(r"\]\((plots/[^)]+)\)", (report_folder / "report.md").read_text())  # not those of earlier reports
-    files = {Path("report") / name: report_folder / name for name in ("report.html", "report.md", *pictures)
-             if (report_folder / name).is_file()}  # fmt: skip
+    files = {
+        Path("report") / name: report_folder / name
+        for name in ("report.html", "report.md", *pictures)
+        if (report_folder / name).is_file()
+    }
     for source in (package_root / name for name in SOURCES):
         for file in (source, *source.rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:

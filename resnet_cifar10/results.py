@@ -162,8 +162,10 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
     rows = [[seeds[seed] for seed in sorted(seeds)] for seeds in groups.values()]
     _check_same_data([run for runs in rows for run in runs])
     names = [runs[0].setting.name for runs in rows]
-    return [Row(number, name if names.count(name) == 1 else f"{name} ({_place(runs, rows)})", runs[0].setting, runs)
-            for number, (name, runs) in enumerate(zip(names, rows, strict=True))]  # fmt: skip
+    return [
+        Row(number, name if names.count(name) == 1 else f"{name} ({_place(runs, rows)})", runs[0].setting, runs)
+        for number, (name, runs) in enumerate(zip(names, rows, strict=True))
+    ]
 
 
 def _check_same_data(runs: Sequence[Run]) -> None:
@@ -182,8 +184,10 @@ def _check_same_data(runs: Sequence[Run]) -> None:
             other, found = first.setdefault(key, (run, value))
             if found != value:
                 what = f"{found}; {value}" if key == ("data",) else f"other {key[0]}"
-                raise ValueError(f"{other.folder} and {run.folder} are on different data ({what}) and cannot be compared; "
-                                 "write a report of each")  # fmt: skip
+                raise ValueError(
+                    f"{other.folder} and {run.folder} are on different data ({what}) and cannot be compared; "
+                    "write a report of each"
+                )
 
 
 def _place(runs: Sequence[Run], rows: Sequence[Sequence[Run]]) -> str:

@@ -19,8 +19,16 @@ from .train import Checkpoint
 
 ROOM = 32  # times the weights in float32: 3 checkpoints x 4 tensors (weights, best, 2 of Adam) x 2 (float64), and the model
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
-METRICS = ("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "lr",
-           "train_seconds", "validation_seconds")  # fmt: skip
+METRICS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    "lr",
+    "train_seconds",
+    "validation_seconds",
+)
 
 
 @contextmanager
@@ -159,8 +167,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     try:
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
-        found = [{key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS}
-                 for row in rows]  # fmt: skip
+        found = [
+            {key: int(row[key]) if key == "epoch" else float(row[key]) if row[key] else None for key in METRICS} for row in rows
+        ]
         if [row["epoch"] for row in found] != list(range(1, len(found) + 1)):
             raise ValueError("epochs are missing")
         return found

@@ -47,9 +47,11 @@ COME_BACK = {"Retry-After": "1"}  # seconds
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",  # the page has its own
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
-}  # fmt: skip
+}
 
 
 def _answer(classifier: Classifier, content: bytes, explain: bool) -> dict[str, Any]:
@@ -202,8 +204,12 @@ def application(model: str, host: str) -> ASGIApp:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
-    routes = [Route("/", page), Route("/api/classify", classify, methods=["POST"]),
-              Route("/api/model", about), Route("/healthz", health)]  # fmt: skip
+    routes = [
+        Route("/", page),
+        Route("/api/classify", classify, methods=["POST"]),
+        Route("/api/model", about),
+        Route("/healthz", health),
+    ]
     return _guarded(Starlette(routes=routes, exception_handlers={HTTPException: refuse}, lifespan=lifespan), host)
 
 
@@ -211,8 +217,10 @@ def _policy(html: bytes) -> str:
     """Allow the page its own style and script, pictures that it has, requests to this server, and nothing else."""
     inline = (html.partition(b"<%b>" % tag)[2].partition(b"</%b>" % tag)[0] for tag in (b"style", b"script"))
     style, script = (b64encode(sha256(part).digest()).decode() for part in inline)
-    return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src blob: data:; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; img-src blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def _guarded(app: ASGIApp, host: str) -> ASGIApp:

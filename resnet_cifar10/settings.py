@@ -58,21 +58,31 @@ class Setting(BaseModel):
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
         parts = self.augmentation.split("_")
+        once = len(set(parts)) == len(parts) and not {"flip", "altflip"} <= set(parts)
         checks = {
             "name": (self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
-            "model": (self.model in {f"resnet{depth}" for depth in range(8, 1203, 6)},
-                      "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202"),
-            "augmentation": (parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and len(set(parts)) == len(parts)
-                                                   and not {"flip", "altflip"} <= set(parts)),
-                             f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip), one flip at most"),
+            "model": (
+                self.model in {f"resnet{depth}" for depth in range(8, 1203, 6)},
+                "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202",
+            ),
+            "augmentation": (
+                parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and once),
+                f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip), one flip at most",
+            ),
             "lr_milestones": (all(a < b for a, b in pairwise([0, *self.lr_milestones, 1])), "rising fractions of the run"),
-            "seeds": (len(set(self.seeds)) == len(self.seeds) and all(0 <= s < 2**32 for s in self.seeds),
-                      "different whole numbers from 0 to 4294967295"),
-            "patience": (self.patience is None or (self.validation_size and self.lr_decay in ("none", "step")),
-                         "only with a validation_size above 0, and lr_decay 'none' or 'step' (the others fall to the end)"),
-            "nesterov": (not self.nesterov or (self.optimizer == "sgd" and self.momentum),
-                         "true only with optimizer 'sgd' and a momentum above 0"),
-        }  # fmt: skip
+            "seeds": (
+                len(set(self.seeds)) == len(self.seeds) and all(0 <= s < 2**32 for s in self.seeds),
+                "different whole numbers from 0 to 4294967295",
+            ),
+            "patience": (
+                self.patience is None or (self.validation_size and self.lr_decay in ("none", "step")),
+                "only with a validation_size above 0, and lr_decay 'none' or 'step' (the others fall to the end)",
+            ),
+            "nesterov": (
+                not self.nesterov or (self.optimizer == "sgd" and self.momentum),
+                "true only with optimizer 'sgd' and a momentum above 0",
+            ),
+        }
         for key, (right, allowed) in checks.items():
             if not right:
                 raise ValueError(f"key '{key}': found {short(getattr(self, key))}; allowed: {allowed}")
@@ -85,9 +95,9 @@ class Setting(BaseModel):
 
     def architecture(self, classes: int) -> dict[str, Any]:
         """The arguments of the network."""
-        return {"depth": self.depth, "classes": classes, "width": self.width, "block": self.block,
-                "shortcut": self.shortcut == "identity", "activation": self.activation, "leaky_slope": self.leaky_slope,
-                "normalization": self.normalization, "weight_init": self.weight_init}  # fmt: skip
+        keys = {"width", "block", "activation", "leaky_slope", "normalization", "weight_init"}
+        other = {"depth": self.depth, "classes": classes, "shortcut": self.shortcut == "identity"}
+        return other | self.model_dump(include=keys)
 
     @property
     def slug(self) -> str:
@@ -131,13 +141,17 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
         raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
     table = validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
-    settings = [validated(Setting, table.defaults | row | given, f"{path}: setting {short(row.get('name', number))}")
-                for number, row in enumerate(table.setting, 1)]  # fmt: skip
+    settings = [
+        validated(Setting, table.defaults | row | given, f"{path}: setting {short(row.get('name', number))}")
+        for number, row in enumerate(table.setting, 1)
+    ]
     seen: dict[str, Setting] = {}
     for setting in settings:
         if (twin := seen.setdefault(setting.slug, setting)) is not setting:
-            raise ValueError(f"{path}: key 'name': '{setting.name}' and '{twin.name}' give the same run folder "
-                             f"'{setting.slug}'; names must differ in their letters and digits")  # fmt: skip
+            raise ValueError(
+                f"{path}: key 'name': '{setting.name}' and '{twin.name}' give the same run folder "
+                f"'{setting.slug}'; names must differ in their letters and digits"
+            )
     for name in only:
         if slug(name) not in seen:
             raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(repr(s.name) for s in settings)}")

@@ -197,8 +197,10 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
     labels: list[int] = []
     total = 0
     parts = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-    part_of = {file: parts.get(file.name.replace(".", "-").split("-")[0], parts.get(file.parent.name))
-               for file in sorted(folder.rglob("*.parquet"))}  # fmt: skip
+    part_of = {
+        file: parts.get(file.name.replace(".", "-").split("-")[0], parts.get(file.parent.name))
+        for file in sorted(folder.rglob("*.parquet"))
+    }
     if not any(part_of.values()):
         raise ValueError(f"{min(part_of)}: neither it nor its folder is named after a split; allowed: train, validation, test")
     files = [file for file, part in part_of.items() if part == split]
@@ -210,8 +212,9 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             features = json.loads((pq.read_schema(file).metadata or {})[b"huggingface"])["info"]["features"]
             said = features["label"]["names"]
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file}: not a parquet file with class names, as Hugging Face writes them: "
-                             f"{one_line(error)}") from None  # fmt: skip
+            raise ValueError(
+                f"{file}: not a parquet file with class names, as Hugging Face writes them: {one_line(error)}"
+            ) from None
         named.setdefault(_class_names(said, f"{file}: 'names'"), file)
     if len(named) > 1:
         first, other, *_ = named.values()
@@ -254,9 +257,11 @@ def _jpeg_quality(content: bytes) -> int:
 
 
 def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
-    parts = {part: sorted(entry.name for entry in (path / part).iterdir()
-                          if entry.is_dir() and entry.name[0] != ".")
-             for part in BATCHES if (path / part).is_dir()}  # fmt: skip
+    parts = {
+        part: sorted(entry.name for entry in (path / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
+        for part in BATCHES
+        if (path / part).is_dir()
+    }
     if split not in parts:
         return None
     first, classes = next(iter(parts.items()))
@@ -264,8 +269,12 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
     if parts[split] != classes:
         differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
         raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")
-    files = [(file, label) for label, name in enumerate(classes) for file in sorted((path / split / name).iterdir())
-             if file.name[0] != "." and file.name not in ("Thumbs.db", "desktop.ini")]  # fmt: skip
+    files = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((path / split / name).iterdir())
+        if file.name[0] != "." and file.name not in ("Thumbs.db", "desktop.ini")
+    ]
     if empty := set(range(len(classes))) - {label for _, label in files}:
         raise ValueError(f"{path / split / classes[min(empty)]}: holds no image")
     if others := [file for file, _ in files if not file.is_file()]:  # a pipe would be waited for

@@ -40,8 +40,7 @@ Reader = Callable[[str], Split | None]
 Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
 
 
-def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto",
-          framework: str = "pytorch") -> None:  # fmt: skip
+def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto", framework: str = "pytorch") -> None:
     """Train every setting with each of its seeds; what is done is skipped.
 
     Under torchrun each process calls this; the first one alone writes and prints.
@@ -103,8 +102,16 @@ def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
     return precision, setting.compile and (device != "cpu" or precision == "bfloat16")
 
 
-def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "cpu", rank: int = 0,
-        framework: str = "pytorch", later: int = 0) -> dict[str, Any]:  # fmt: skip
+def run(
+    setting: Setting,
+    seed: int,
+    read: Reader,
+    folder: Path,
+    device: str = "cpu",
+    rank: int = 0,
+    framework: str = "pytorch",
+    later: int = 0,
+) -> dict[str, Any]:
     """Train one setting with one seed and write its whole run folder; the test split is classified once, here at the end.
 
     `later` is what other runs still have to do, in epochs x depth x width; it is told as time.
@@ -130,11 +137,17 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
         initial_weights, teacher = _other_models(setting, seed, folder, training, read)
     except ValueError as error:  # the run that should have made it has failed
         raise JobFailed(str(error)) from None
-    facts = environment(device) | chosen.VERSIONS | {
-        "precision": precision, "compiled": compiled, "data": training.source, "training_sha256": training.sha256,
-        "training_images": len(training), "validation_images": len(validation),
-        **({"teacher_sha256": sha256(teacher[0].state_dict(), {})} if teacher else {}),
-    }  # fmt: skip
+    facts = environment(device) | chosen.VERSIONS
+    facts |= {
+        "precision": precision,
+        "compiled": compiled,
+        "data": training.source,
+        "training_sha256": training.sha256,
+        "training_images": len(training),
+        "validation_images": len(validation),
+    }
+    if teacher:
+        facts["teacher_sha256"] = sha256(teacher[0].state_dict(), {})
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0 and not (folder / "signals.json").exists():
         write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
@@ -142,11 +155,14 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     for message in messages:
         print(f"{name}: {message}", flush=True)
     first = f", first weights of {setting.start_from}" if setting.start_from else ""
-    print(f"{name}: {setting.model}{first}; "
-          f"{training.source}: {len(training):,} training and {len(validation):,} validation images; "
-          f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
-          f"{', compiled (the first time takes a minute)' if compiled else ''}"
-          f"{f'; goes on after epoch {len(rows)}' if rows else ''}", flush=True)  # fmt: skip
+    print(
+        f"{name}: {setting.model}{first}; "
+        f"{training.source}: {len(training):,} training and {len(validation):,} validation images; "
+        f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
+        f"{', compiled (the first time takes a minute)' if compiled else ''}"
+        f"{f'; goes on after epoch {len(rows)}' if rows else ''}",
+        flush=True,
+    )
 
     with stop_requests() as received, _progress() as show:
 
@@ -171,14 +187,26 @@ def run(setting: Setting, seed: int, read: Reader, folder: Path, device: str = "
     network = ResNet(**architecture)
     network.load_state_dict(checkpoint.part("best"))
     network = network.eval().to(device)
-    config = {"architecture": architecture, "mean": learner.mean, "std": learner.std, "data": training.source, "seed": seed,
-              "setting": setting.model_dump(), "best_epoch": best_epoch}  # fmt: skip
+    config = {
+        "architecture": architecture,
+        "mean": learner.mean,
+        "std": learner.std,
+        "data": training.source,
+        "seed": seed,
+        "setting": setting.model_dump(),
+        "best_epoch": best_epoch,
+    }
     result = {
-        "setting": setting.name, "seed": seed, "parameters": parameter_count(network), "data": training.source,
-        "epochs_run": len(rows), "best_epoch": best_epoch, "stopped_early": len(rows) < setting.epochs,
+        "setting": setting.name,
+        "seed": seed,
+        "parameters": parameter_count(network),
+        "data": training.source,
+        "epochs_run": len(rows),
+        "best_epoch": best_epoch,
+        "stopped_early": len(rows) < setting.epochs,
         "train_minutes": sum(row["train_seconds"] + row["validation_seconds"] for row in rows) / 60,
         **finish(folder / "model", network, config, validation, read("test"), device),
-    }  # fmt: skip
+    }
     write_json(folder / "result.json", result)
     print(f"{name}: the model is in {folder / 'model'}", flush=True)
     return result
@@ -267,17 +295,22 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
             raise ValueError(f"setting '{setting.name}': {error}") from None
         training, validation = everything.subset(kept), everything.subset(held)
     if setting.batch_size > len(training):
-        raise ValueError(f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}; "
-                         f"allowed: at most the {len(training)} training images")  # fmt: skip
+        raise ValueError(
+            f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}; "
+            f"allowed: at most the {len(training)} training images"
+        )
     last_batch = len(training) % setting.batch_size or setting.batch_size
     if dist.is_initialized() and last_batch < dist.get_world_size():
-        raise ValueError(f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}, with a last batch of "
-                         f"{last_batch}; allowed: an image there for each of {dist.get_world_size()} processes")  # fmt: skip
+        raise ValueError(
+            f"setting '{setting.name}': key 'batch_size': found {setting.batch_size}, with a last batch of "
+            f"{last_batch}; allowed: an image there for each of {dist.get_world_size()} processes"
+        )
     return training, validation
 
 
-def _other_models(setting: Setting, seed: int, folder: Path, training: Split, read: Reader,
-                  to_come: Set[Path] = frozenset()) -> tuple[Tensors | None, Trained | None]:  # fmt: skip
+def _other_models(
+    setting: Setting, seed: int, folder: Path, training: Split, read: Reader, to_come: Set[Path] = frozenset()
+) -> tuple[Tensors | None, Trained | None]:
     """Load the first weights, which a run that has begun no longer needs, and the teacher; None: no such one, or to come."""
     initial_weights = teacher = None
     if setting.start_from and not has_checkpoint(folder) and not _runs_of(setting.start_from) & to_come:
@@ -304,9 +337,11 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
     held_out = (source, config.get("seed"), before) == (training.source, seed, setting.validation_size)
     same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
     if setting.validation_size and not read("val") and same_pictures and not held_out:
-        raise ValueError(f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
-                         f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
-                         "otherwise it may have learned from the validation images of this run")  # fmt: skip
+        raise ValueError(
+            f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
+            f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
+            "otherwise it may have learned from the validation images of this run"
+        )
     return network, config
 
 
@@ -316,8 +351,10 @@ def _initial_weights(setting: Setting, seed: int, training: Split, read: Reader)
     wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
     there = config["architecture"]
     if wrong := [key for key in wanted if wanted[key] != there[key] and key != "weight_init"]:
-        raise ValueError(f"setting '{setting.name}': key 'start_from': {setting.start_from} has the {wrong[0]} "
-                         f"{there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says")  # fmt: skip
+        raise ValueError(
+            f"setting '{setting.name}': key 'start_from': {setting.start_from} has the {wrong[0]} "
+            f"{there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says"
+        )
     return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
 
 
@@ -342,12 +379,16 @@ def joined_processes(device: str) -> Iterator[int]:
     keys = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE"
     agent_store, restarts, hosts = (os.environ[key] for key in keys)
     if agent_store == "True" and restarts != "0" and hosts != "1":  # each host counts its own restarts
-        raise ValueError("torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1. "
-                         "Without it restarted processes may find addresses of dead ones and wait for them")  # fmt: skip
+        raise ValueError(
+            "torchrun --max-restarts on several hosts: TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not set; allowed: 1. "
+            "Without it restarted processes may find addresses of dead ones and wait for them"
+        )
     if device == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise ValueError(f"torchrun --nproc-per-node: found {os.environ['LOCAL_WORLD_SIZE']}; allowed: at most the "
-                             f"{torch.cuda.device_count()} GPUs of this machine")  # fmt: skip
+            raise ValueError(
+                f"torchrun --nproc-per-node: found {os.environ['LOCAL_WORLD_SIZE']}; allowed: at most the "
+                f"{torch.cuda.device_count()} GPUs of this machine"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         store, rank, size = next(rendezvous("env://"))
@@ -390,8 +431,9 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
         if (folder / "setting.json").exists():
             _check_claim(folder, content)
         elif folder.is_dir() and (foreign := [entry.name for entry in folder.iterdir() if entry.name[0] != "."]):
-            raise ValueError(f"{folder}: found {foreign[0]} and no setting.json; "
-                             "allowed: an empty folder or a run of this table")  # fmt: skip
+            raise ValueError(
+                f"{folder}: found {foreign[0]} and no setting.json; allowed: an empty folder or a run of this table"
+            )
         if not (folder / "result.json").exists():
             check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
             _other_models(setting, seed, folder, training, read, earlier)
@@ -412,9 +454,13 @@ def _check_claim(folder: Path, content: dict[str, Any]) -> None:
     found = read_json(folder / "setting.json", ["setting"])
     then = validated(Setting, found["setting"], f"{folder / 'setting.json'}: damaged")  # younger keys: their usual values
     before, now = then.model_dump() | found, content["setting"] | content
-    if differ := [f"other {key.removesuffix('_sha256')} images" if key.endswith("_sha256")
-                  else f"{key} was {before.get(key)!r}, is {now[key]!r}"
-                  for key in now if key != "setting" and before.get(key) != now[key]]:  # fmt: skip
+    if differ := [
+        f"other {key.removesuffix('_sha256')} images"
+        if key.endswith("_sha256")
+        else f"{key} was {before.get(key)!r}, is {now[key]!r}"
+        for key in now
+        if key != "setting" and before.get(key) != now[key]
+    ]:
         raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
 
 

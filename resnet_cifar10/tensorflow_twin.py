@@ -45,9 +45,18 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 class ResidualUnit(keras.layers.Layer):  # type: ignore[misc]
     """Two 3x3 convolutions and the shortcut around them (He et al. 2015 and 2016): every stride-th pixel, new channels zero."""
 
-    def __init__(self, filters: int, stride: int, conv: Callable[..., Any], norm: Callable[[], Any],
-                 activation: Callable[[Any], Any], pre_activation: bool, activate_before_residual: bool,
-                 shortcut: bool, **options: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        filters: int,
+        stride: int,
+        conv: Callable[..., Any],
+        norm: Callable[[], Any],
+        activation: Callable[[Any], Any],
+        pre_activation: bool,
+        activate_before_residual: bool,
+        shortcut: bool,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.filters, self.stride, self.activation, self.shortcut = filters, stride, activation, shortcut
         self.pre_activation, self.activate_before_residual = pre_activation, activate_before_residual
@@ -88,17 +97,28 @@ def resnet(architecture: dict[str, Any], weight_decay: float = 0.0, dtype: str =
     keras.config.set_dtype_policy(dtype)
     l2 = keras.regularizers.L2(weight_decay / 2)
     act: Callable[[Any], Any] = {
-        "relu": keras.ops.relu, "leaky_relu": partial(keras.ops.leaky_relu, negative_slope=architecture["leaky_slope"]),
-        "gelu": partial(keras.ops.gelu, approximate=False), "silu": keras.ops.silu,
-    }[architecture["activation"]]  # fmt: skip
+        "relu": keras.ops.relu,
+        "leaky_relu": partial(keras.ops.leaky_relu, negative_slope=architecture["leaky_slope"]),
+        "gelu": partial(keras.ops.gelu, approximate=False),
+        "silu": keras.ops.silu,
+    }[architecture["activation"]]
     scale: dict[str, Any] = {"epsilon": 1e-5, "gamma_regularizer": l2, "beta_regularizer": l2}
     batch = partial(BatchNormalization, momentum=0.9, **scale)  # PyTorch counts the share that is new, 0.1
     norm: Callable[[], Any] = {
-        "batch": batch, "sync_batch": batch, "layer": partial(keras.layers.GroupNormalization, 1, **scale),
-        "group": partial(keras.layers.GroupNormalization, GROUPS, **scale), "none": keras.layers.Identity,
-    }[normalization]  # fmt: skip
-    conv = partial(keras.layers.Conv2D, kernel_size=3, padding="same", use_bias=normalization == "none",
-                   kernel_regularizer=l2, bias_regularizer=l2)  # fmt: skip
+        "batch": batch,
+        "sync_batch": batch,
+        "layer": partial(keras.layers.GroupNormalization, 1, **scale),
+        "group": partial(keras.layers.GroupNormalization, GROUPS, **scale),
+        "none": keras.layers.Identity,
+    }[normalization]
+    conv = partial(
+        keras.layers.Conv2D,
+        kernel_size=3,
+        padding="same",
+        use_bias=normalization == "none",
+        kernel_regularizer=l2,
+        bias_regularizer=l2,
+    )
 
     images = keras.Input((SIZE, SIZE, 3))
     x = conv(width)(images)
@@ -106,16 +126,18 @@ def resnet(architecture: dict[str, Any], weight_decay: float = 0.0, dtype: str =
     for stage, filters in enumerate((width, 2 * width, 4 * width), 1):
         for unit in range((architecture["depth"] - 2) // 6):
             stride, first = 2 if stage > 1 and unit == 0 else 1, stage == 1 and unit == 0
-            x = ResidualUnit(filters, stride, conv, norm, act, pre, first, architecture["shortcut"],
-                             name=f"unit_{stage}_{unit}")(x)  # fmt: skip
+            x = ResidualUnit(
+                filters, stride, conv, norm, act, pre, first, architecture["shortcut"], name=f"unit_{stage}_{unit}"
+            )(x)
     x = act(norm()(x)) if pre else x
     x = keras.layers.GlobalAveragePooling2D()(x)
     logits = keras.layers.Dense(architecture["classes"], kernel_regularizer=l2, bias_regularizer=l2)(x)
     return keras.Model(images, logits)
 
 
-def from_pytorch(network: ResNet, architecture: dict[str, Any], weight_decay: float = 0.0,
-                 dtype: str = "float32") -> keras.Model:  # fmt: skip
+def from_pytorch(
+    network: ResNet, architecture: dict[str, Any], weight_decay: float = 0.0, dtype: str = "float32"
+) -> keras.Model:
     """Build the Keras model of a PyTorch network, ResNet(**architecture), with its weights."""
     model = resnet(architecture, weight_decay, dtype)
     model.set_weights(_keras_weights(network))
@@ -194,8 +216,17 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
 class Learner:
     """The network in training, in TensorFlow: does what train.Learner does, from the same initial weights."""
 
-    def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 initial_weights: Tensors | None, teacher: None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        setting: Setting,
+        seed: int,
+        training: Split,
+        device: str,
+        precision: str,
+        compiled: bool,
+        initial_weights: Tensors | None,
+        teacher: None,
+    ) -> None:
         """Build network and optimizer; the device is the CPU, and there is no teacher."""
         self.device, (self.mean, self.std) = device, mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
@@ -205,9 +236,15 @@ class Learner:
         self.model, self.optimizer = from_pytorch(self.network, architecture, decay, precision), make_optimizer(setting)
         self.optimizer.build(self.model.trainable_variables)
         options: dict[str, Any] = {"from_logits": True, "label_smoothing": setting.label_smoothing}
-        self.model.compile(self.optimizer, keras.losses.CategoricalCrossentropy(**options), jit_compile=compiled,
-                           metrics=[keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
-                                    keras.metrics.CategoricalAccuracy("accuracy")])  # fmt: skip
+        self.model.compile(
+            self.optimizer,
+            keras.losses.CategoricalCrossentropy(**options),
+            jit_compile=compiled,
+            metrics=[
+                keras.metrics.CategoricalCrossentropy("cross_entropy", **options),  # without weight decay
+                keras.metrics.CategoricalAccuracy("accuracy"),
+            ],
+        )
 
     def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
         """Learn from a batch; return the sum of the losses and the number of correct images."""

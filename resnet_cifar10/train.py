@@ -68,13 +68,13 @@ def patience_ended(setting: Setting, epoch: int, best_epoch: int) -> bool:
 
 def make_optimizer(setting: Setting, model: ResNet) -> torch.optim.Optimizer:
     """Build the optimizer over all parameters; "fused" updates them in one kernel."""
+    options: Any = {"weight_decay": setting.weight_decay, "fused": True}
     if setting.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), setting.lr, setting.momentum, nesterov=setting.nesterov,
-                               weight_decay=setting.weight_decay, fused=True)  # fmt: skip
+        return torch.optim.SGD(model.parameters(), setting.lr, setting.momentum, nesterov=setting.nesterov, **options)
     if setting.optimizer == "muon":
         return Muon(model.parameters(), setting.lr, setting.momentum, setting.weight_decay)
     kind = torch.optim.Adam if setting.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), weight_decay=setting.weight_decay, fused=True)
+    return kind(model.parameters(), setting.lr, (setting.momentum, 0.999), **options)
 
 
 def initial_network(setting: Setting, seed: int, classes: int, initial_weights: Tensors | None) -> ResNet:
@@ -97,8 +97,17 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Ten
 class Learner:
     """The network in training, in PyTorch: all that the training loop leaves to a framework."""
 
-    def __init__(self, setting: Setting, seed: int, training: Split, device: str, precision: str, compiled: bool,
-                 initial_weights: Tensors | None = None, teacher: Trained | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        setting: Setting,
+        seed: int,
+        training: Split,
+        device: str,
+        precision: str,
+        compiled: bool,
+        initial_weights: Tensors | None = None,
+        teacher: Trained | None = None,
+    ) -> None:
         """Build network and optimizer.
 
         Args:
@@ -185,8 +194,11 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensors]:
         """Return all that training changes: "model" and "optimizer", by name."""
-        moments = {f"{index}.{key}": tensor for index, values in self.optimizer.state_dict()["state"].items()
-                   for key, tensor in values.items()}  # fmt: skip
+        moments = {
+            f"{index}.{key}": tensor
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for key, tensor in values.items()
+        }
         return {"model": self.model.state_dict(), "optimizer": moments}
 
     def moment_shapes(self) -> dict[str, Sequence[int]]:
@@ -194,8 +206,11 @@ class Learner:
         kinds = ["exp_avg", "exp_avg_sq", "step"]  # of Adam and AdamW
         if self.setting.optimizer in ("sgd", "muon"):
             kinds = [] if self.setting.optimizer == "sgd" and not self.setting.momentum else ["momentum_buffer"]
-        return {f"{index}.{kind}": () if kind == "step" else parameter.shape
-                for index, parameter in enumerate(self.model.parameters()) for kind in kinds}  # fmt: skip
+        return {
+            f"{index}.{kind}": () if kind == "step" else parameter.shape
+            for index, parameter in enumerate(self.model.parameters())
+            for kind in kinds
+        }
 
     def restore(self, weights: Tensors, moments: Tensors) -> None:
         """Take over what `tensors` gave."""
@@ -209,9 +224,15 @@ class Learner:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def train(learner: Any, setting: Setting, seed: int, training: Split, validation: Split, checkpoint: Checkpoint | None = None,
-          after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
-          ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:  # fmt: skip
+def train(
+    learner: Any,
+    setting: Setting,
+    seed: int,
+    training: Split,
+    validation: Split,
+    checkpoint: Checkpoint | None = None,
+    after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
 
     Where torch.distributed is initialised, every process does this with the same arguments and gets its part of each batch.
@@ -267,8 +288,10 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
         loss_sum, correct = totals.tolist()
         train_loss, train_accuracy = loss_sum / len(training), 100 * correct / len(training)
         if not math.isfinite(train_loss):
-            raise JobFailed(f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
-                            "a smaller lr, a warm-up or a normalisation helps")  # fmt: skip
+            raise JobFailed(
+                f"{setting.name}, seed {seed}: the loss is no longer finite in epoch {epoch}, at lr {lr:g}; "
+                "a smaller lr, a warm-up or a normalisation helps"
+            )
         trained = time.perf_counter()
 
         validation_loss = validation_accuracy = None
@@ -289,10 +312,15 @@ def train(learner: Any, setting: Setting, seed: int, training: Split, validation
             state |= {"best_epoch": epoch, "best_accuracy": validation_accuracy, "best_loss": loss}
             best = {key: tensor.clone() for key, tensor in learner.tensors()["model"].items()}
         metrics = {
-            "epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy, "lr": lr,
-            "train_seconds": trained - started, "validation_seconds": time.perf_counter() - trained,
-        }  # fmt: skip
+            "epoch": epoch,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "validation_loss": validation_loss,
+            "validation_accuracy": validation_accuracy,
+            "lr": lr,
+            "train_seconds": trained - started,
+            "validation_seconds": time.perf_counter() - trained,
+        }
         yield metrics, Checkpoint.of(state, best=best, **learner.tensors())
 
 

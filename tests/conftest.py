@@ -60,11 +60,18 @@ def quick_export() -> Iterator[None]:
 
 COLOURS = ["red", "green", "blue"]
 CONFIG = {
-    "architecture": {"depth": 8, "classes": 3}, "classes": COLOURS, "mean": [0.5] * 3, "std": [0.25] * 3,
-    "temperature": 2.0, "rejection_threshold": -1.0, "class_directions": np.eye(3, 64).tolist(),
-    "contrast_mean": [0.1] * 32, "contrast_std": [2.0] * 32, "data": "coloured noise",
+    "architecture": {"depth": 8, "classes": 3},
+    "classes": COLOURS,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "temperature": 2.0,
+    "rejection_threshold": -1.0,
+    "class_directions": np.eye(3, 64).tolist(),
+    "contrast_mean": [0.1] * 32,
+    "contrast_std": [2.0] * 32,
+    "data": "coloured noise",
     "accuracy": {"validation": None, "test": {"accuracy": 81.25, "n": 1600, "interval_95": [79.2, 83.1]}},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session")

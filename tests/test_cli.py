@@ -40,11 +40,16 @@ def test_evaluate_gives_the_accuracy_of_the_run(digits_run: Path) -> None:
     assert f"{metrics['accuracy']:.2f} %" in said and f"{low:.2f} to {high:.2f}" in said
 
 
-@pytest.mark.parametrize(("options", "runs"), [
-    (["--setting", "setting-3", "--seeds", "2"], [("Setting #3", 200, [0, 1])]),
-    (["--setting", "Setting #1", "--setting", "Setting #3", "--seed", "4", "--epochs", "9"],
-     [("Setting #1", 9, [4]), ("Setting #3", 9, [4])]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        (["--setting", "setting-3", "--seeds", "2"], [("Setting #3", 200, [0, 1])]),
+        (
+            ["--setting", "Setting #1", "--setting", "Setting #3", "--seed", "4", "--epochs", "9"],
+            [("Setting #1", 9, [4]), ("Setting #3", 9, [4])],
+        ),
+    ],
+)
 def test_what_is_trained_can_be_chosen(
     monkeypatch: pytest.MonkeyPatch, options: list[str], runs: list[tuple[Any, ...]]
 ) -> None:
@@ -68,15 +73,18 @@ def test_report_takes_words_a_baseline_and_a_zip(digits_run: Path, tmp_path: Pat
     assert f"packed: {tmp_path / '1234_Name.zip'}" in done.out
 
 
-@pytest.mark.parametrize(("command", "package", "extra"), [
-    ("train settings/digits.toml --data digits --out OUT --ray", "ray", "ray"),
-    ("train settings/digits.toml --data digits --out OUT --framework tensorflow", "keras", "tensorflow"),
-    ("evaluate resnet32 --data digits", "safetensors", "train"),
-    ("evaluate resnet32 --data digits --framework tensorflow", "tensorflow", "tensorflow"),
-    ("report runs --out OUT", "jinja2", "report"),
-    ("export resnet32 --out OUT/a.onnx", "onnxscript", "train"),
-    ("serve", "uvicorn", "serve"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("train settings/digits.toml --data digits --out OUT --ray", "ray", "ray"),
+        ("train settings/digits.toml --data digits --out OUT --framework tensorflow", "keras", "tensorflow"),
+        ("evaluate resnet32 --data digits", "safetensors", "train"),
+        ("evaluate resnet32 --data digits --framework tensorflow", "tensorflow", "tensorflow"),
+        ("report runs --out OUT", "jinja2", "report"),
+        ("export resnet32 --out OUT/a.onnx", "onnxscript", "train"),
+        ("serve", "uvicorn", "serve"),
+    ],
+)
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, package: str, extra: str
 ) -> None:
@@ -94,10 +102,15 @@ def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> 
     assert printed.startswith(str([str(digit) for digit in range(10)]))
 
 
-@pytest.mark.parametrize("wrong", [
-    ("evaluate", "resnet32", "--data", "x" * 300), ("export", "x" * 300, "--out", "here.onnx"),
-    ("report", "x" * 300, "--out", "here"), ("report", ".", "--out", "x" * 300),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("evaluate", "resnet32", "--data", "x" * 300),
+        ("export", "x" * 300, "--out", "here.onnx"),
+        ("report", "x" * 300, "--out", "here"),
+        ("report", ".", "--out", "x" * 300),
+    ],
+)
 def test_a_path_that_no_disk_takes_is_wrong_input(
     wrong: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,26 +136,35 @@ def test_a_model_and_data_of_other_classes_do_not_go_together(digits_run: Path, 
 def test_a_model_of_another_shape_is_refused_with_the_tensor(digits_run: Path, tmp_path: Path) -> None:
     config = json.loads((digits_run / "model" / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((digits_run / "model" / "model.safetensors").read_bytes())
-    for key, value, said in (("depth", 14, r"tensor 'blocks\."), ("classes", 11, "found 11 classes; allowed: the 10"),
-                             ("depth", "8", "of a type"), ("blok", "pre", "found 'blok'; allowed: depth, classes, width"),
-                             ("width", -1, "key 'architecture'")):  # fmt: skip
+    for key, value, said in (
+        ("depth", 14, r"tensor 'blocks\."),
+        ("classes", 11, "found 11 classes; allowed: the 10"),
+        ("depth", "8", "of a type"),
+        ("blok", "pre", "found 'blok'; allowed: depth, classes, width"),
+        ("width", -1, "key 'architecture'"),
+    ):
         changed = config | {"architecture": config["architecture"] | {key: value}}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=said):
             load_model(tmp_path)
 
 
-@pytest.mark.parametrize(("arguments", "part"), [
-    (["train", "settings/assignment.toml"], "--data"), (["fly"], "fly"), (["infer"], "photo"),
-    (["train", "settings/digits.toml", "--data", "nowhere", "--out", "runs"], "nowhere"),
-    (["train", "settings/digits.toml", "--data", "digits", "--out", "README.md/x"], "is a file"),
-    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--device", "abacus"], "abacus"),
-    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--epochs", "many"], "; found 'many'"),
-    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--epochs", "0"], "'--epochs': Input"),
-    (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--cpus", "2"], "--cpus"),
-    (["evaluate", "resnet999", "--data", "digits"], "resnet999"),
-    (["serve", "--port", "70000"], "'--port': Input should be less than or equal to 65535; found '70000'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "settings/assignment.toml"], "--data"),
+        (["fly"], "fly"),
+        (["infer"], "photo"),
+        (["train", "settings/digits.toml", "--data", "nowhere", "--out", "runs"], "nowhere"),
+        (["train", "settings/digits.toml", "--data", "digits", "--out", "README.md/x"], "is a file"),
+        (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--device", "abacus"], "abacus"),
+        (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--epochs", "many"], "; found 'many'"),
+        (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--epochs", "0"], "'--epochs': Input"),
+        (["train", "settings/digits.toml", "--data", "digits", "--out", "runs", "--cpus", "2"], "--cpus"),
+        (["evaluate", "resnet999", "--data", "digits"], "resnet999"),
+        (["serve", "--port", "70000"], "'--port': Input should be less than or equal to 65535; found '70000'"),
+    ],
+)
 def test_wrong_use_is_one_line(arguments: list[str], part: str) -> None:
     assert part in run(*arguments, status=2).err
 

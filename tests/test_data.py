@@ -594,8 +594,10 @@ def test_an_alternating_flip_mirrors_each_image_in_every_second_epoch():
     def mirrored(epoch: int, seed: int = 0) -> list[bool]:
         images = epoch_of(split, "altflip", epoch=epoch, seed=seed)[0]
         by_image = images[images[:, 0, 0, 0].argsort()]
-        assert torch.equal(torch.where((by_image[:, 16, 15, 2] > by_image[:, 16, 17, 2])[:, None, None, None],
-                                       by_image.flip(2), by_image), split.images)  # fmt: skip
+        assert torch.equal(
+            torch.where((by_image[:, 16, 15, 2] > by_image[:, 16, 17, 2])[:, None, None, None], by_image.flip(2), by_image),
+            split.images,
+        )
         return (by_image[:, 16, 15, 2] > by_image[:, 16, 17, 2]).tolist()
 
     first, second = mirrored(1), mirrored(2)

@@ -64,8 +64,12 @@ def start(out: Path, *launcher: str, table: str = TABLE, **environment: str) -> 
     program, settings, data = (str(here / name) for name in ("program.py", "table.toml", "data"))
     return subprocess.Popen(
         [*launcher, program, "train", settings, "--data", data, "--out", str(out)],
-        env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def end(process: subprocess.Popen[str], out: Path) -> Path:
@@ -172,8 +176,21 @@ def test_a_run_that_fails_does_not_end_the_last_one_before_it_is_exported(tmp_pa
 def test_a_host_that_dies_and_comes_back_costs_nothing_but_time(tmp_path: Path, undisturbed: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    host = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
-            "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]  # fmt: skip
+    host = [
+        *TORCHRUN,
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "run",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--local-addr",
+        "127.0.0.1",
+    ]
     out = tmp_path / "runs"
     first = start(out, *host, **SEVERAL_HOSTS)
     time.sleep(2)  # so that this one has rank 0 and the rendezvous

@@ -362,9 +362,19 @@ def test_a_folder_that_takes_no_file_is_named(serve: Callable[..., Mirror]) -> N
 
 @pytest.mark.parametrize(
     "url",
-    ["", "cifar.tar.gz", "ftp://host/a", "file:///etc/passwd", "http://", "https:///a", "http://me:secret@host/a",
-     "http://host/a b", "http://host/ä", "http://host/\x1b[2J"],
-)  # fmt: skip
+    [
+        "",
+        "cifar.tar.gz",
+        "ftp://host/a",
+        "file:///etc/passwd",
+        "http://",
+        "https:///a",
+        "http://me:secret@host/a",
+        "http://host/a b",
+        "http://host/ä",
+        "http://host/\x1b[2J",
+    ],
+)
 def test_an_address_of_another_kind_is_refused_before_anything_is_written(tmp_path: Path, url: str) -> None:
     with pytest.raises(ValueError, match=r"option '--url': found .*; allowed: http://") as error:
         room.download(tmp_path / "new", url)

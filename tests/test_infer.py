@@ -55,8 +55,14 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
     code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from resnet_cifar10 import cli, serve; cli.main()"
     arguments = ["infer", "photo.png", "--model", model, "--json", "--figure", "figure.png"]
     (home := tmp_path / "home").mkdir()
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=os.environ | {"HOME": str(home)},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert not [*home.iterdir()]
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads(done.stdout)
@@ -65,8 +71,13 @@ def test_the_command_line_works_without_pytorch(model: Path, photo: Image.Image,
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.getpixel((44, 114)) == (200, 0, 0)
-    refused = subprocess.run([sys.executable, "-c", code, "evaluate", model, "--data", "digits"],
-                             cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    refused = subprocess.run(
+        [sys.executable, "-c", code, "evaluate", model, "--data", "digits"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "needs torch, onnx: pip install 'resnet-cifar10[train]'" in refused.stderr
 
@@ -85,9 +96,15 @@ def sixteen_bit_png(pixels: np.ndarray) -> io.BytesIO:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_makes_no_difference(photo: Image.Image, orientation: int, kind: str) -> None:
-    turned = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-              8: Image.Transpose.ROTATE_270}  # fmt: skip
+    turned = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
@@ -172,8 +189,10 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
     with Image.open(tmp_path / "photo.jpg") as image:
         small = np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.BOX))[None]
     expected = classifier.session.run(["probabilities"], {"images": small})[0][0]
-    readme, card = (file.read_text().partition("```python\n")[2].partition("```")[0]
-                    for file in (ROOT / "README.md", BUILT_IN / "resnet32" / "README.md"))  # fmt: skip
+    readme, card = (
+        file.read_text().partition("```python\n")[2].partition("```")[0]
+        for file in (ROOT / "README.md", BUILT_IN / "resnet32" / "README.md")
+    )
     said, listed = (subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True) for lines in (readme, card))
     assert said.strip() == classifier.classes[expected.argmax()]
     classes, _, probabilities = listed.partition("\n")
@@ -235,8 +254,18 @@ def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_wider_network_is_finished_and_exported_too(tmp_path: Path) -> None:
-    row = Setting.model_validate({"name": "Wide", "model": "resnet8", "width": 24, "batch_size": 16, "epochs": 1,
-                                  "validation_size": 16, "precision": "float32", "compile": False})  # fmt: skip
+    row = Setting.model_validate(
+        {
+            "name": "Wide",
+            "model": "resnet8",
+            "width": 24,
+            "batch_size": 16,
+            "epochs": 1,
+            "validation_size": 16,
+            "precision": "float32",
+            "compile": False,
+        }
+    )
     images = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = Split(images, torch.arange(64) % 4, tuple("abcd"), "made up")
     train_run(row, 0, lambda part: data if part == "train" else None, tmp_path)
@@ -268,13 +297,20 @@ def test_a_picture_of_too_many_scans_is_refused(tmp_path: Path, monkeypatch: pyt
         read_photo(file)
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), [
-    ("empty.jpg", b"", "empty; allowed: JPEG"), ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
-    ("missing.jpg", None, "No such file"), ("x" * 300, None, "xx: File name too long"), ("folder.png/", None, "holds no photo"),
-    ("truncated.png", saved(Image.effect_noise((99, 99), 50), "PNG").getvalue()[:900], "truncated"),
-    ("truncated.jpg", saved(Image.effect_noise((99, 99), 50), "JPEG").getvalue()[:900], "truncated"),
-    ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", ""), ("loop.jpg", Path("loop.jpg"), "symbolic links"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("empty.jpg", b"", "empty; allowed: JPEG"),
+        ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
+        ("missing.jpg", None, "No such file"),
+        ("x" * 300, None, "xx: File name too long"),
+        ("folder.png/", None, "holds no photo"),
+        ("truncated.png", saved(Image.effect_noise((99, 99), 50), "PNG").getvalue()[:900], "truncated"),
+        ("truncated.jpg", saved(Image.effect_noise((99, 99), 50), "JPEG").getvalue()[:900], "truncated"),
+        ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", ""),
+        ("loop.jpg", Path("loop.jpg"), "symbolic links"),
+    ],
+)
 def test_what_is_no_photo_gets_one_line_with_the_reason(
     model: Path, tmp_path: Path, name: str, content: bytes | Path | None, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,9 +355,11 @@ def test_a_picture_does_not_replace_a_photo_or_another_picture(model: Path, phot
     before, out = (tmp_path / "a.png").read_bytes(), tmp_path / "folder/../a.png"
     (tmp_path / "folder").mkdir()
     new = tmp_path / "b.png"
-    for wanted, said in (([f"--explain={out}"], "a.png; allowed: a file that is none of the photos"),
-                         ([f"--figure={out}"], "a.png; allowed: a file that is none of the photos"),
-                         ([f"--figure={new}", f"--explain={new}"], "b.png twice; allowed: two files")):  # fmt: skip
+    for wanted, said in (
+        ([f"--explain={out}"], "a.png; allowed: a file that is none of the photos"),
+        ([f"--figure={out}"], "a.png; allowed: a file that is none of the photos"),
+        ([f"--figure={new}", f"--explain={new}"], "b.png twice; allowed: two files"),
+    ):
         status, output, errors = cli("infer", tmp_path / "a.png", "--model", model, *wanted)
         assert (status, output, errors.count("\n")) == (2, "", 1) and said in errors
     assert (tmp_path / "a.png").read_bytes() == before and not new.exists()
@@ -466,12 +504,14 @@ def test_a_broken_model_folder_is_refused_with_the_reason(
     broken = tmp_path / "model"
     save_model(broken, ResNet(8, 3), CONFIG)
     for file, content, reason in (
-        ("model.onnx", None, "export"), ("model.onnx", b"no graph", "not an ONNX model"),
+        ("model.onnx", None, "export"),
+        ("model.onnx", b"no graph", "not an ONNX model"),
         ("model.onnx", (model / "model.onnx").read_bytes() + b"more", "SHA-256 does not match"),
-        ("config.json", b"{", "config.json: cannot be read"), ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
+        ("config.json", b"{", "config.json: cannot be read"),
+        ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
         ("config.json", json.dumps(CONFIG | {"rejection_threshold": []}).encode(), "'rejection_threshold'"),
         ("config.json", json.dumps(CONFIG | {"classes": ["a", "b", "a"]}).encode(), "'classes': found a name twice"),
-    ):  # fmt: skip
+    ):
         if content is not None:
             (broken / file).write_bytes(content)
         status, _, errors = cli("infer", tmp_path / "photo.png", "--model", broken)

@@ -27,9 +27,11 @@ LONG = "LONG" in os.environ
 SEEDS = 6 if LONG else 1
 # Ray's own settings reach the nodes and the command alike.
 ENVIRONMENT = os.environ | {
-    "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(),
-}  # fmt: skip
+}
 TABLE = f"""
 [defaults]
 model = "resnet8"
@@ -50,8 +52,12 @@ augmentation = "photo_flip"
 
 def outcome(out: Path) -> dict[str, object]:
     """Everything of a study that must not depend on where it ran; the graph is made of the weights."""
-    return {f"{done.parent.relative_to(out)}/{name}": content for done in out.glob("*/seed-*/result.json")
-            for name, content in contents(done.parent).items() if name[:6] != "model/" or "safetensors" in name}  # fmt: skip
+    return {
+        f"{done.parent.relative_to(out)}/{name}": content
+        for done in out.glob("*/seed-*/result.json")
+        for name, content in contents(done.parent).items()
+        if name[:6] != "model/" or "safetensors" in name
+    }
 
 
 def kill_group(node: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
@@ -90,8 +96,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[
 
 def start(settings: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
     command = ["train", settings, "--data", "digits", "--out", out, "--seeds", str(SEEDS), *arguments]
-    return subprocess.Popen([sys.executable, "-m", "resnet_cifar10", *command],
-                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "resnet_cifar10", *command],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def working(out: Path, process: subprocess.Popen[str]) -> dict[int, Path]:
@@ -147,10 +158,15 @@ def test_workers_and_nodes_die_and_the_results_are_those_without_ray(
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
-@pytest.mark.parametrize(("arguments", "problem"), [
-    (("--ray", "127.0.0.1:1"), "'127.0.0.1:1', where no cluster answers"), (("--ray", "nonsense"), "HOST:PORT"),
-    (("--seed", "1", "--seeds", "2"), "--seeds"), (("--seeds", "99999999999"), "--seeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--ray", "127.0.0.1:1"), "'127.0.0.1:1', where no cluster answers"),
+        (("--ray", "nonsense"), "HOST:PORT"),
+        (("--seed", "1", "--seeds", "2"), "--seeds"),
+        (("--seeds", "99999999999"), "--seeds"),
+    ],
+)
 def test_wrong_options_write_nothing(tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
     (tmp_path / "table.toml").write_text(TABLE)
     refused = run("train", tmp_path / "table.toml", "--data", "digits", "--out", tmp_path / "runs", *arguments, status=2)

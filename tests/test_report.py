@@ -40,14 +40,31 @@ def split_metrics(percent: float, n: int) -> dict[str, Any]:
     counts = right + np.roll(near, 1, axis=1) + np.roll(far, 2, axis=1)
     counts[3, 4], counts[3, 5] = 0, wrong
     recall = 100 * (1 - wrong * 10 / n)
-    return {"accuracy": percent, "n": n, "interval_95": wilson_interval(percent, n), "top2_accuracy": 99.0,
-            "negative_log_likelihood": 0.3, "calibration_error": 4.2, "temperature": 1.5,
-            "negative_log_likelihood_scaled": 0.25, "calibration_error_scaled": 0.7, "confusion": counts.tolist(),
-            "per_class": {name: {"precision": 90.0, "recall": recall, "n": n // 10} for name in CLASSES}}  # fmt: skip
+    return {
+        "accuracy": percent,
+        "n": n,
+        "interval_95": wilson_interval(percent, n),
+        "top2_accuracy": 99.0,
+        "negative_log_likelihood": 0.3,
+        "calibration_error": 4.2,
+        "temperature": 1.5,
+        "negative_log_likelihood_scaled": 0.25,
+        "calibration_error_scaled": 0.7,
+        "confusion": counts.tolist(),
+        "per_class": {name: {"precision": 90.0, "recall": recall, "n": n // 10} for name in CLASSES},
+    }
 
 
-def write_run(out: Path, setting: Setting, seed: int, test: float | None, validation: float = 90.0, epochs: int = 6,
-              source: str = SOURCE, framework: str = "pytorch") -> Path:  # fmt: skip
+def write_run(
+    out: Path,
+    setting: Setting,
+    seed: int,
+    test: float | None,
+    validation: float = 90.0,
+    epochs: int = 6,
+    source: str = SOURCE,
+    framework: str = "pytorch",
+) -> Path:
     """Write the folder of a run that was best in epoch 5; without a test accuracy it is unfinished."""
     folder = out / setting.slug / f"seed-{seed}"
     folder.mkdir(parents=True)
@@ -56,13 +73,30 @@ def write_run(out: Path, setting: Setting, seed: int, test: float | None, valida
     row = setting.model_dump(exclude={"seeds"})
     write_json(folder / "setting.json", {"setting": row, "seed": seed, "framework": framework})
     write_metrics(folder, [dict(zip(METRICS, row, strict=True)) for row in rows])
-    write_json(folder / "environment.json", {"data": source, "training_images": 45_000, "validation_images": 5_000,
-                                             "processor": "Some CPU", "threads": 2, "torch": "2.13.0"})  # fmt: skip
+    write_json(
+        folder / "environment.json",
+        {
+            "data": source,
+            "training_images": 45_000,
+            "validation_images": 5_000,
+            "processor": "Some CPU",
+            "threads": 2,
+            "torch": "2.13.0",
+        },
+    )
     if test is not None:
-        write_json(folder / "result.json", {
-            "parameters": 464_154, "best_epoch": 5, "epochs_run": 6, "stopped_early": False, "train_minutes": 9.0,
-            "validation": split_metrics(validation, 5000), "test": split_metrics(test, 10_000),
-        })  # fmt: skip
+        write_json(
+            folder / "result.json",
+            {
+                "parameters": 464_154,
+                "best_epoch": 5,
+                "epochs_run": 6,
+                "stopped_early": False,
+                "train_minutes": 9.0,
+                "validation": split_metrics(validation, 5000),
+                "test": split_metrics(test, 10_000),
+            },
+        )
     return folder
 
 
@@ -74,19 +108,27 @@ THREE = Setting(name="Setting #3", epochs=6, lr_decay="step", model="resnet20")
 def write_tiny_model(folder: Path) -> None:
     """Write a model folder whose network tells red, green and blue by the mean colour."""
     graph = helper.make_graph(
-        [helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
-         helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
-         helper.make_node("Mul", ["mean", "scale"], ["logits"]),
-         helper.make_node("Softmax", ["logits"], ["probabilities"]),
-         helper.make_node("ReduceMax", ["probabilities", "last"], ["membership"], keepdims=0),
-         helper.make_node("Identity", ["logits"], ["activation_map"])],
-        "tiny", [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3]),
-         helper.make_tensor_value_info("membership", TensorProto.FLOAT, ["N"]),
-         helper.make_tensor_value_info("activation_map", TensorProto.FLOAT, ["N", 3])],
-        [numpy_helper.from_array(np.array([1]), "last"), numpy_helper.from_array(np.array([1, 2]), "axes"),
-         numpy_helper.from_array(np.array(0.02, np.float32), "scale")],
-    )  # fmt: skip
+        [
+            helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
+            helper.make_node("Mul", ["mean", "scale"], ["logits"]),
+            helper.make_node("Softmax", ["logits"], ["probabilities"]),
+            helper.make_node("ReduceMax", ["probabilities", "last"], ["membership"], keepdims=0),
+            helper.make_node("Identity", ["logits"], ["activation_map"]),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 32, 32, 3])],
+        [
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3]),
+            helper.make_tensor_value_info("membership", TensorProto.FLOAT, ["N"]),
+            helper.make_tensor_value_info("activation_map", TensorProto.FLOAT, ["N", 3]),
+        ],
+        [
+            numpy_helper.from_array(np.array([1]), "last"),
+            numpy_helper.from_array(np.array([1, 2]), "axes"),
+            numpy_helper.from_array(np.array(0.02, np.float32), "scale"),
+        ],
+    )
     folder.mkdir(parents=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), folder / "model.onnx")
     colours = {"classes": ["red", "green", "blue"], "mean": [0.5] * 3, "std": [0.5] * 3, "data": "colours"}
@@ -175,11 +217,40 @@ class _Tables(html.parser.HTMLParser):
 def test_the_table_has_the_14_columns_in_the_words_of_the_assignment(out: Path) -> None:
     parsed = _Tables((out / "report.html").read_text())
     head, *rows = parsed.tables[0]
-    assert head == ["Setting", "Model", "Batch size", "Activation function", "Weight initialization", "Optimizer", "lr",
-                    "Epoch", "Normalization", "Weight decay", "Data augmentation", "lr decay", "Training time (m)",
-                    "Early stopping epoch", "Accuracy"]  # fmt: skip
-    assert rows[0] == ["Setting #1", "ResNet32", "128", "ReLU", "He_normal", "SGD (momentum)", "0.1", "6", "Batch Norm",
-                       "O", "O", "X", "9.0", "5", "90.20 ± 0.60\n(n = 3)"]  # fmt: skip
+    assert head == [
+        "Setting",
+        "Model",
+        "Batch size",
+        "Activation function",
+        "Weight initialization",
+        "Optimizer",
+        "lr",
+        "Epoch",
+        "Normalization",
+        "Weight decay",
+        "Data augmentation",
+        "lr decay",
+        "Training time (m)",
+        "Early stopping epoch",
+        "Accuracy",
+    ]
+    assert rows[0] == [
+        "Setting #1",
+        "ResNet32",
+        "128",
+        "ReLU",
+        "He_normal",
+        "SGD (momentum)",
+        "0.1",
+        "6",
+        "Batch Norm",
+        "O",
+        "O",
+        "X",
+        "9.0",
+        "5",
+        "90.20 ± 0.60\n(n = 3)",
+    ]
     assert rows[1][0].split() == ["Setting", "#2", "best", "by", "validation"] and rows[1][11] == "O"
     assert None not in parsed.scopes
 
@@ -224,9 +295,11 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
 
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
-    assert ("Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
-            "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
-            "Setting #3 was run once: with another seed the distances from it may differ.") in text  # fmt: skip
+    assert (
+        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
+        "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
+        "Setting #3 was run once: with another seed the distances from it may differ."
+    ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
     assert (
@@ -252,11 +325,21 @@ def test_comparisons_name_the_differing_keys_and_what_the_seeds_can_tell(out: Pa
     interval = f"−{-low:.2f} to −{-high:.2f}"
     # by hand, with one seed of each: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.1 * 7.9 / 10,000) = 0.72
     assert comparisons(text) == {
-        ("Setting #1", "Setting #2"): ["lr decay none instead of step and patience 3 instead of none", "−2.20", interval,
-                                       f"{p:.2g}", "yes"],
-        ("Setting #3", "Setting #2"): ["model resnet20 instead of resnet32", "+1.10", "+0.38 to +1.82", "–",
-                                       "one seed of Setting #3"],
-    }  # fmt: skip
+        ("Setting #1", "Setting #2"): [
+            "lr decay none instead of step and patience 3 instead of none",
+            "−2.20",
+            interval,
+            f"{p:.2g}",
+            "yes",
+        ],
+        ("Setting #3", "Setting #2"): [
+            "model resnet20 instead of resnet32",
+            "+1.10",
+            "+0.38 to +1.82",
+            "–",
+            "one seed of Setting #3",
+        ],
+    }
     in_page = _Tables((out / "report.html").read_text()).tables[1]
     assert in_page[2] == ["Setting #1", "Setting #2", *comparisons(text)["Setting #1", "Setting #2"]]
     assert "One seed of Setting #3: how far another one would end" in text and "\n- 3 seeds of the others: an interval" in text
@@ -314,15 +397,26 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
 
 
 def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_with_one_more_change(tmp_path: Path) -> None:
-    changed = {"Base": {}, "Slow": {"lr": 0.01}, "Bare": {"normalization": "none"}, "Adam": {"optimizer": "adam"},
-               "Slow and bare": {"lr": 0.01, "normalization": "none"}}  # fmt: skip
+    changed = {
+        "Base": {},
+        "Slow": {"lr": 0.01},
+        "Bare": {"normalization": "none"},
+        "Adam": {"optimizer": "adam"},
+        "Slow and bare": {"lr": 0.01, "normalization": "none"},
+    }
     for name, changes in changed.items():
         validation = 91.0 if name == "Base" else 90.0
         write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changes}), 0, 90.0, validation)
     report([tmp_path / "study"], tmp_path / "out")
     found = [" against ".join(pair) for pair in comparisons((tmp_path / "out" / "report.md").read_text())]
-    assert sorted(found) == ["Adam against Base", "Bare against Base", "Slow against Base", "Slow and bare against Bare",
-                             "Slow and bare against Base", "Slow and bare against Slow"]  # fmt: skip
+    assert sorted(found) == [
+        "Adam against Base",
+        "Bare against Base",
+        "Slow against Base",
+        "Slow and bare against Bare",
+        "Slow and bare against Base",
+        "Slow and bare against Slow",
+    ]
     write_run(tmp_path / "study", ONE.model_copy(update={"name": "Slow", "lr": 0.01}), 1, 90.0, 90.0, framework="tensorflow")
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     twins = comparisons(text)["Slow (TensorFlow)", "Slow (PyTorch)"]
@@ -344,8 +438,13 @@ def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
         write_run(tmp_path / "study", setting, 0, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #2").with_suffix(".md").read_text()
     assert len(re.findall(r"^\| (Best|Short|Setting #3) \| (Best|Short|Setting #[23]) \|", text, re.MULTILINE)) == 5
-    assert list(comparisons(text)) == [("Best", "Setting #2"), ("Setting #3", "Setting #2"), ("Short", "Setting #2"),
-                                       ("Best", "Short"), ("Best", "Setting #3")]  # fmt: skip
+    assert list(comparisons(text)) == [
+        ("Best", "Setting #2"),
+        ("Setting #3", "Setting #2"),
+        ("Short", "Setting #2"),
+        ("Best", "Short"),
+        ("Best", "Setting #3"),
+    ]
     three = "optimizer adam instead of sgd, lr 0.01 instead of 0.1 and epochs 3 instead of 6"
     assert comparisons(text)["Best", "Setting #2"][0] == three
     assert comparisons(text)["Short", "Setting #2"][0] == "model, optimizer, lr and epochs"
@@ -354,8 +453,7 @@ def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
 def test_the_baseline_can_be_named(tmp_path: Path) -> None:
     write_study(tmp_path / "study")
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #3").with_suffix(".md").read_text()
-    assert list(comparisons(text)) == [("Setting #2", "Setting #3"), ("Setting #1", "Setting #3"),
-                                       ("Setting #2", "Setting #1")]  # fmt: skip
+    assert list(comparisons(text)) == [("Setting #2", "Setting #3"), ("Setting #1", "Setting #3"), ("Setting #2", "Setting #1")]
     assert "--baseline 'Setting #3'" in text
     with pytest.raises(ValueError, match="--baseline: found 'Setting #4'; allowed: 'Setting #1', 'Setting #2', 'Setting #3'"):
         report([tmp_path / "study"], tmp_path / "out", baseline_name="Setting #4")
@@ -470,10 +568,21 @@ def test_equal_runs_give_equal_bytes(out: Path, tmp_path: Path) -> None:
 
 def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_path: Path) -> None:
     root = tmp_path / "checkout"
-    for name in ("pyproject.toml", "README.md", "resnet_cifar10/train.py", "resnet_cifar10/__pycache__/train.pyc",
-                 "settings/fast.toml", "tests/test_train.py", "torture/__main__.py", "benchmarks/bench.py", "docs/report.png",
-                 "runs/fast/result.json", "data/test.parquet", ".venv/bin/python",
-                 ".git/config"):  # fmt: skip
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "resnet_cifar10/train.py",
+        "resnet_cifar10/__pycache__/train.pyc",
+        "settings/fast.toml",
+        "tests/test_train.py",
+        "torture/__main__.py",
+        "benchmarks/bench.py",
+        "docs/report.png",
+        "runs/fast/result.json",
+        "data/test.parquet",
+        ".venv/bin/python",
+        ".git/config",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     shutil.copytree(out, tmp_path / "out")
@@ -484,15 +593,27 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
         assert archive.read("1234_Name/report/report.html") == (out / "report.html").read_bytes()
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # equal files, equal bytes
     plots = {f"report/plots/{file.name}" for file in (out / "plots").iterdir()}
-    assert names == plots | {"pyproject.toml", "README.md", "resnet_cifar10/train.py", "settings/fast.toml",
-                             "tests/test_train.py", "torture/__main__.py", "benchmarks/bench.py", "docs/report.png",
-                             "report/report.html", "report/report.md"}  # fmt: skip
+    assert names == plots | {
+        "pyproject.toml",
+        "README.md",
+        "resnet_cifar10/train.py",
+        "settings/fast.toml",
+        "tests/test_train.py",
+        "torture/__main__.py",
+        "benchmarks/bench.py",
+        "docs/report.png",
+        "report/report.html",
+        "report/report.md",
+    }
 
 
-@pytest.mark.parametrize(("out_zip", "folder", "root", "said"), [
-    ("a.zip", "nothing", "checkout", "report.html: missing"),
-    ("a.zip", "out", "nothing", "pyproject.toml: missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("out_zip", "folder", "root", "said"),
+    [
+        ("a.zip", "nothing", "checkout", "report.html: missing"),
+        ("a.zip", "out", "nothing", "pyproject.toml: missing"),
+    ],
+)
 def test_packing_refuses(tmp_path: Path, out_zip: str, folder: str, root: str, said: str) -> None:
     for file in ("out/report.html", "checkout/pyproject.toml"):
         (tmp_path / file).parent.mkdir()
@@ -523,30 +644,50 @@ def edit(file: Path, old: str, new: str, count: int = -1) -> None:
     file.write_text(file.read_text().replace(old, new, count))
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (shutil.rmtree, "holds no run"),
-    (lambda study: (study / RUN / "result.json").write_text('{"best_epoch": 5'), "result.json: cannot be read"),
-    (lambda study: (study / RUN / "signals.json").write_text('{"activation": [1], "gradient": []}'), "signals.json: damaged"),
-    (lambda study: (study / RUN / "signals.json").write_text('{"activation": {}, "gradient": []}'), "signals.json: damaged"),
-    (lambda study: (study / RUN / "setting.json").write_text("[]"), "setting.json: damaged"),
-    (lambda study: change(study / RUN / "setting.json", seed="1"), "setting.json: damaged: key 'seed'"),
-    (lambda study: (study / RUN / "metrics.csv").write_text("epoch\n1\n"), "metrics.csv: not the metrics"),
-    (lambda study: (study / RUN / "metrics.csv").unlink(), "metrics.csv"),
-    (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
-    (lambda study: change(study / RUN / "result.json", best_epoch="5"), "result.json: damaged: key 'best_epoch': found '5'"),
-    (lambda study: change(study / RUN / "result.json", test={"accuracy": 90}), "result.json: damaged: key 'test.n'"),
-    (lambda study: edit(study / RUN / "result.json", '"n": 5000', '"n": "5000"'),
-     "result.json: damaged: key 'validation.n': found '5000'"),
-    (lambda study: edit(study / RUN / "result.json", '"recall"', '"recalled"', 1),
-     "result.json: damaged: key 'validation.per_class.airplane.recall' is missing"),
-    (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
-    (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
-    (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
-    (lambda study: edit(study / RUN / "result.json", '"n": 10000', '"n": 9000'), "different data (other test images)"),
-    (lambda study: [change(study / f"setting-{n}" / "seed-0" / "environment.json", training_sha256=str(n)) for n in (1, 2)],
-     "different data (other training images)"),
-    (lambda study: edit(study / RUN / "result.json", '"cat"', '"lynx"'), "different data (other validation classes)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (shutil.rmtree, "holds no run"),
+        (lambda study: (study / RUN / "result.json").write_text('{"best_epoch": 5'), "result.json: cannot be read"),
+        (
+            lambda study: (study / RUN / "signals.json").write_text('{"activation": [1], "gradient": []}'),
+            "signals.json: damaged",
+        ),
+        (
+            lambda study: (study / RUN / "signals.json").write_text('{"activation": {}, "gradient": []}'),
+            "signals.json: damaged",
+        ),
+        (lambda study: (study / RUN / "setting.json").write_text("[]"), "setting.json: damaged"),
+        (lambda study: change(study / RUN / "setting.json", seed="1"), "setting.json: damaged: key 'seed'"),
+        (lambda study: (study / RUN / "metrics.csv").write_text("epoch\n1\n"), "metrics.csv: not the metrics"),
+        (lambda study: (study / RUN / "metrics.csv").unlink(), "metrics.csv"),
+        (lambda study: without(study / RUN / "result.json", "best_epoch"), "result.json: damaged: key 'best_epoch'"),
+        (
+            lambda study: change(study / RUN / "result.json", best_epoch="5"),
+            "result.json: damaged: key 'best_epoch': found '5'",
+        ),
+        (lambda study: change(study / RUN / "result.json", test={"accuracy": 90}), "result.json: damaged: key 'test.n'"),
+        (
+            lambda study: edit(study / RUN / "result.json", '"n": 5000', '"n": "5000"'),
+            "result.json: damaged: key 'validation.n': found '5000'",
+        ),
+        (
+            lambda study: edit(study / RUN / "result.json", '"recall"', '"recalled"', 1),
+            "result.json: damaged: key 'validation.per_class.airplane.recall' is missing",
+        ),
+        (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
+        (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
+        (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
+        (lambda study: edit(study / RUN / "result.json", '"n": 10000', '"n": 9000'), "different data (other test images)"),
+        (
+            lambda study: [
+                change(study / f"setting-{n}" / "seed-0" / "environment.json", training_sha256=str(n)) for n in (1, 2)
+            ],
+            "different data (other training images)",
+        ),
+        (lambda study: edit(study / RUN / "result.json", '"cat"', '"lynx"'), "different data (other validation classes)"),
+    ],
+)
 def test_what_cannot_be_read_is_named_and_nothing_is_written(
     study: Path, tmp_path: Path, damage: Callable[[Path], Any], said: str
 ) -> None:
@@ -633,8 +774,9 @@ def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None
     assert {row: values[-1] for (row, _), values in found.items()} == {"Chance": "by itself only", "Like": "no", "Far": "yes"}
 
 
-@pytest.mark.parametrize(("gains", "told"), [((8.0, 3.1, 2.75), ["yes"] * 3),
-                                             ((8.0, 2.7, 2.5), ["yes", "by itself only", "by itself only"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gains", "told"), [((8.0, 3.1, 2.75), ["yes"] * 3), ((8.0, 2.7, 2.5), ["yes", "by itself only", "by itself only"])]
+)
 def test_of_several_comparisons_each_is_counted_with_those_that_are_less_sure(
     tmp_path: Path, gains: tuple[float, ...], told: list[str]
 ) -> None:
@@ -662,16 +804,33 @@ def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Pat
 
 def test_what_stands_behind_table_and_runs_is_told(out: Path) -> None:
     text = (out / "report.md").read_text()
-    assert ("- lr decay: Setting #1: constant lr. Setting #2 and Setting #3: times 0.1 at 50 and 75 % of the run "
-            "(after 3 and 4.5 epochs)\n") in text  # fmt: skip
+    assert (
+        "- lr decay: Setting #1: constant lr. Setting #2 and Setting #3: times 0.1 at 50 and 75 % of the run "
+        "(after 3 and 4.5 epochs)\n"
+    ) in text
     assert "- Training images: 45,000\n- Validation images: 5,000\n- Test images: 10,000\n" in text
 
 
 def test_the_cells_of_an_unusual_setting() -> None:
-    odd = Setting(name="a", model="resnet20", width=32, block="pre", shortcut="none", momentum=0, weight_decay=0,
-                  augmentation="none")  # fmt: skip
-    assert cells(Row(0, "a", odd, [])) == ["Plain20, width 32 (pre-activation)", "128", "ReLU", "He_normal", "SGD", "0.1",
-                                           "200", "Batch Norm", "X", "X", "X", "–", "–", ""]  # fmt: skip
+    odd = Setting(
+        name="a", model="resnet20", width=32, block="pre", shortcut="none", momentum=0, weight_decay=0, augmentation="none"
+    )
+    assert cells(Row(0, "a", odd, [])) == [
+        "Plain20, width 32 (pre-activation)",
+        "128",
+        "ReLU",
+        "He_normal",
+        "SGD",
+        "0.1",
+        "200",
+        "Batch Norm",
+        "X",
+        "X",
+        "X",
+        "–",
+        "–",
+        "",
+    ]
     assert cells(Row(0, "a", odd.model_copy(update={"start_from": "resnet32"}), []))[3] == "Pretrained"
 
 

@@ -130,22 +130,25 @@ def test_which_model_and_how_good(port: int) -> None:
 # --- what is no photo ---
 
 
-@pytest.mark.parametrize(("content", "kind", "status", "reason"), [
-    (b"", RAW, 422, "empty"),
-    (b"dear diary", "image/jpeg", 422, "not an image; allowed: JPEG"),
-    (encoded(PIXELS, "JPEG")[:1500], "image/jpeg", 422, "truncated"),
-    (b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", "image/gif", 422, ""),
-    (png(60_000, 60_000), "image/png", 422, "pixels"),
-    (PHOTO, "application/json", 415, "application/octet-stream"),
-    (PHOTO, "application/x-www-form-urlencoded", 415, "multipart/form-data"),
-    (*form(("", b"")), 422, "empty"),
-    (*form(), 422, "no file"),
-    (b'--limit\r\nContent-Disposition: form-data; name="f"\r\n\r\nwords\r\n--limit--\r\n', form()[1], 422, "no file"),
-    (form(("a.png", PHOTO))[0], "multipart/form-data", 400, "boundary"),
-    (b"no form at all", form()[1], 400, ""),
-    (form(("a.png", PHOTO))[0][:-500], form()[1], 422, "no file"),
-    (*form(*[("a.png", PHOTO)] * 21), 400, "20"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "reason"),
+    [
+        (b"", RAW, 422, "empty"),
+        (b"dear diary", "image/jpeg", 422, "not an image; allowed: JPEG"),
+        (encoded(PIXELS, "JPEG")[:1500], "image/jpeg", 422, "truncated"),
+        (b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", "image/gif", 422, ""),
+        (png(60_000, 60_000), "image/png", 422, "pixels"),
+        (PHOTO, "application/json", 415, "application/octet-stream"),
+        (PHOTO, "application/x-www-form-urlencoded", 415, "multipart/form-data"),
+        (*form(("", b"")), 422, "empty"),
+        (*form(), 422, "no file"),
+        (b'--limit\r\nContent-Disposition: form-data; name="f"\r\n\r\nwords\r\n--limit--\r\n', form()[1], 422, "no file"),
+        (form(("a.png", PHOTO))[0], "multipart/form-data", 400, "boundary"),
+        (b"no form at all", form()[1], 400, ""),
+        (form(("a.png", PHOTO))[0][:-500], form()[1], 422, "no file"),
+        (*form(*[("a.png", PHOTO)] * 21), 400, "20"),
+    ],
+)
 def test_a_bad_upload_gets_a_sentence_and_the_next_one_an_answer(
     port: int, content: bytes, kind: str, status: int, reason: str
 ) -> None:
@@ -157,10 +160,18 @@ def test_a_bad_upload_gets_a_sentence_and_the_next_one_an_answer(
     good(port)
 
 
-@pytest.mark.parametrize(("name", "shown"), [
-    ("../../etc/passwd", "passwd"), ("C:\\photos\\me.jpg", "me.jpg"), ("..", "-"), ("/", "-"),
-    ("a\tb\u202eexe.jpg", "a?b?exe.jpg"), ("x" * 300, "x" * 100), ("<b>.png", "<b>.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\photos\\me.jpg", "me.jpg"),
+        ("..", "-"),
+        ("/", "-"),
+        ("a\tb\u202eexe.jpg", "a?b?exe.jpg"),
+        ("x" * 300, "x" * 100),
+        ("<b>.png", "<b>.png"),
+    ],
+)
 def test_of_a_file_name_only_the_last_part_comes_back(port: int, name: str, shown: str) -> None:
     assert classify(port, *form((name, PHOTO)))[2]["file"] == shown
 
@@ -298,14 +309,26 @@ def test_a_worker_that_dies_is_replaced_and_all_end_with_the_server(model: Path)
 # --- other sites ---
 
 
-@pytest.mark.parametrize(("host", "origin", "status"), [
-    ("localhost:{port}", None, 200), ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 200),
-    ("LOCALHOST:{port}", "http://localhost:{port}", 200), ("[::1]:{port}", None, 200),
-    ("evil.example", None, 403), ("evil.example:{port}", "http://evil.example:{port}", 403), ("localhost", None, 200),
-    ("localhost:1", "http://localhost:1", 200), ("127.0.0.1.evil.example:{port}", None, 403), ("", None, 403),
-    ("localhost:{port}", "http://evil.example", 403), ("localhost:{port}", "null", 403), ("localhost:{port}", "", 403),
-    ("localhost:{port}", "http://localhost:1", 403), ("localhost:{port}", "https://localhost:{port}", 403),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:{port}", None, 200),
+        ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 200),
+        ("LOCALHOST:{port}", "http://localhost:{port}", 200),
+        ("[::1]:{port}", None, 200),
+        ("evil.example", None, 403),
+        ("evil.example:{port}", "http://evil.example:{port}", 403),
+        ("localhost", None, 200),
+        ("localhost:1", "http://localhost:1", 200),
+        ("127.0.0.1.evil.example:{port}", None, 403),
+        ("", None, 403),
+        ("localhost:{port}", "http://evil.example", 403),
+        ("localhost:{port}", "null", 403),
+        ("localhost:{port}", "", 403),
+        ("localhost:{port}", "http://localhost:1", 403),
+        ("localhost:{port}", "https://localhost:{port}", 403),
+    ],
+)
 def test_only_this_host_and_the_own_page(port: int, host: str, origin: str | None, status: int) -> None:
     headers = {"Host": host.format(port=port), "Content-Type": RAW}
     if origin is not None:
@@ -334,9 +357,10 @@ def test_what_cannot_be_served_is_said_in_one_line(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for name, host, number, reason in (
-            ("no-such-model", "127.0.0.1", 0, "no such model"), (str(model), "127.0.0.1", port, "in use"),
+            ("no-such-model", "127.0.0.1", 0, "no such model"),
+            (str(model), "127.0.0.1", port, "in use"),
             (str(model), "192.0.2.1", 0, "192.0.2.1"),
-        ):  # fmt: skip
+        ):
             with pytest.raises(ValueError, match=reason) as error:
                 serve(name, host, number)
             assert str(error.value).isprintable()

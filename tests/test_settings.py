@@ -21,11 +21,23 @@ ASSIGNMENT = ROOT / "settings" / "assignment.toml"
 
 def test_assignment_is_the_table_asked_for():
     common = {
-        "batch_size": 128, "activation": "relu", "weight_init": "he_normal", "optimizer": "sgd", "momentum": 0.9,
-        "nesterov": False, "lr": 0.1, "epochs": 200, "normalization": "batch", "weight_decay": 1e-4,
-        "augmentation": "crop_flip", "block": "post", "shortcut": "identity",
-        "label_smoothing": 0.0, "warmup": 0.0, "validation_size": 5_000,
-    }  # fmt: skip
+        "batch_size": 128,
+        "activation": "relu",
+        "weight_init": "he_normal",
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "nesterov": False,
+        "lr": 0.1,
+        "epochs": 200,
+        "normalization": "batch",
+        "weight_decay": 1e-4,
+        "augmentation": "crop_flip",
+        "block": "post",
+        "shortcut": "identity",
+        "label_smoothing": 0.0,
+        "warmup": 0.0,
+        "validation_size": 5_000,
+    }
     rows = {
         "Setting #1": {"model": "resnet32", "lr_decay": "none", "patience": 60},
         "Setting #2": {"model": "resnet32", "lr_decay": "step", "patience": None},
@@ -47,8 +59,14 @@ def test_assignment_decays_times_a_tenth_at_epochs_100_and_150():
 
 
 def test_the_network_is_the_one_that_the_row_asks_for():
-    asked = {"width": 24, "block": "pre", "activation": "leaky_relu", "leaky_slope": 0.3, "normalization": "group",
-             "weight_init": "xavier_normal"}  # fmt: skip
+    asked = {
+        "width": 24,
+        "block": "pre",
+        "activation": "leaky_relu",
+        "leaky_slope": 0.3,
+        "normalization": "group",
+        "weight_init": "xavier_normal",
+    }
     row = Setting(name="a", model="resnet14", shortcut="none", **asked)
     assert row.architecture(7) == {"depth": 14, "classes": 7, "shortcut": False, **asked}
 

@@ -74,11 +74,14 @@ def test_room_and_place_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run_folder.check_room(tmp_path / "file" / "runs", 1000)
 
 
-@pytest.mark.parametrize(("tensors", "named"), [
-    ({}, r"'a': found none, the network has \(2,\)"),
-    ({"a": torch.zeros(3)}, r"'a': found \(3,\), the network has \(2,\)"),
-    ({"a": torch.zeros(2), "b": torch.tensor(0)}, r"'b': found \(\), the network has none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({}, r"'a': found none, the network has \(2,\)"),
+        ({"a": torch.zeros(3)}, r"'a': found \(3,\), the network has \(2,\)"),
+        ({"a": torch.zeros(2), "b": torch.tensor(0)}, r"'b': found \(\), the network has none"),
+    ],
+)
 def test_other_tensors_are_named(tensors: storage.Tensors, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         storage.check_tensors(Path("last.safetensors"), {"a": (2,)}, tensors)

@@ -11,9 +11,32 @@ import resnet_cifar10
 
 PACKAGE = Path(resnet_cifar10.__file__).parent
 CORE = ("errors", "files", "settings", "infer", "photo_like", "data", "norms", "model", "storage", "evaluate", "muon", "train")
-ORDER = (*CORE, "progress", "photo", "explain", "figure", "serve", "machine", "decode", "download", "sources", "export",
-         "finish", "run_folder", "tensorflow_twin", "signals", "study", "cluster", "results", "findings", "plots", "report",
-         "cli", "__main__", "__init__")  # fmt: skip
+ORDER = (
+    *CORE,
+    "progress",
+    "photo",
+    "explain",
+    "figure",
+    "serve",
+    "machine",
+    "decode",
+    "download",
+    "sources",
+    "export",
+    "finish",
+    "run_folder",
+    "tensorflow_twin",
+    "signals",
+    "study",
+    "cluster",
+    "results",
+    "findings",
+    "plots",
+    "report",
+    "cli",
+    "__main__",
+    "__init__",
+)
 
 
 def imports(module: str) -> set[str]:

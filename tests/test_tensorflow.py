@@ -56,9 +56,13 @@ def channels_last(images: torch.Tensor) -> Any:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize(("depth", "block", "activation"), [
-    (20, "post", "relu"), (32, "pre", "leaky_relu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("depth", "block", "activation"),
+    [
+        (20, "post", "relu"),
+        (32, "pre", "leaky_relu"),
+    ],
+)
 def test_the_same_weights_give_the_same_logits(twin: Any, depth: int, block: str, activation: str) -> None:
     model, architecture = network(row(model=f"resnet{depth}", block=block, activation=activation), torch.float32)
     theirs = twin.from_pytorch(model, architecture)
@@ -70,11 +74,16 @@ def test_the_same_weights_give_the_same_logits(twin: Any, depth: int, block: str
         assert float((answer - logits).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("changes", [
-    {"normalization": "layer", "activation": "gelu"}, {"normalization": "group", "activation": "silu", "block": "pre"},
-    {"normalization": "none", "shortcut": "none"}, {"normalization": "none", "block": "pre"},
-    {"normalization": "layer", "width": 24},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization": "layer", "activation": "gelu"},
+        {"normalization": "group", "activation": "silu", "block": "pre"},
+        {"normalization": "none", "shortcut": "none"},
+        {"normalization": "none", "block": "pre"},
+        {"normalization": "layer", "width": 24},
+    ],
+)
 def test_every_other_option_gives_the_same_logits(twin: Any, changes: dict[str, Any]) -> None:
     model, architecture = network(row(model="resnet8", **changes), torch.float64)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -89,10 +98,16 @@ def test_units_have_the_names_of_the_assignment(twin: Any) -> None:
     assert names == [f"unit_{stage}_{unit}" for stage in (1, 2, 3) for unit in range(5)]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"block": "pre", "nesterov": True}, {"momentum": 0.0, "label_smoothing": 0.1}, {"optimizer": "adam", "lr": 1e-3},
-    {"optimizer": "adamw", "lr": 1e-3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"block": "pre", "nesterov": True},
+        {"momentum": 0.0, "label_smoothing": 0.1},
+        {"optimizer": "adam", "lr": 1e-3},
+        {"optimizer": "adamw", "lr": 1e-3},
+    ],
+)
 def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: Any, changes: dict[str, Any]) -> None:
     setting = row(**{"model": "resnet8", "lr_decay": "linear"} | changes)
     model, architecture = network(setting, torch.float64)
@@ -122,9 +137,11 @@ def test_steps_of_training_give_the_same_weights_and_running_statistics(twin: An
 
 
 def train(folder: Path, *options: str, status: int = 0) -> Ended:
-    (folder / "table.toml").write_text('[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 2\nvalidation_size = 200\n'
-                                       'batch_size = 32\nlr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\n'
-                                       'compile = false\n')  # fmt: skip
+    (folder / "table.toml").write_text(
+        '[[setting]]\nname = "D"\nmodel = "resnet8"\nepochs = 2\nvalidation_size = 200\n'
+        'batch_size = 32\nlr = 0.05\nlr_decay = "linear"\naugmentation = "crop"\n'
+        "compile = false\n"
+    )
     table = ("train", folder / "table.toml", "--data", "digits", "--out", folder / "runs")
     return run(*table, "--framework", "tensorflow", *options, status=status)
 
@@ -151,8 +168,10 @@ def test_a_run_has_the_folder_of_every_run_and_learns(twin: Any, trained: Path) 
 
 
 def test_both_frameworks_evaluate_a_model_alike(trained: Path) -> None:
-    both = [json.loads(run("evaluate", trained, "--data", "digits", "--json", "--framework", name).out)
-            for name in ("pytorch", "tensorflow")]  # fmt: skip
+    both = [
+        json.loads(run("evaluate", trained, "--data", "digits", "--json", "--framework", name).out)
+        for name in ("pytorch", "tensorflow")
+    ]
     assert [metrics["framework"] for metrics in both] == ["pytorch", "tensorflow"]
     assert both[0]["confusion"] == both[1]["confusion"]
     assert both[0]["negative_log_likelihood"] == pytest.approx(both[1]["negative_log_likelihood"], abs=1e-5)

@@ -115,8 +115,14 @@ def test_an_output_folder_with_other_files_is_refused_and_left_alone(tmp_path: P
     assert [entry.name for entry in folder.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("change", ["batch_size = 128|batch_size = 5000", "validation_size = 200|validation_size = 1438",
-                                    'model = "resnet8"|model = "resnet9"'])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        "batch_size = 128|batch_size = 5000",
+        "validation_size = 200|validation_size = 1438",
+        'model = "resnet8"|model = "resnet9"',
+    ],
+)
 def test_impossible_settings_write_nothing(tmp_path: Path, change: str) -> None:
     file = table(tmp_path)
     file.write_text(file.read_text().replace(*change.split("|")))
@@ -289,8 +295,11 @@ def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
 def test_a_run_whose_teacher_failed_or_does_not_fit_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
     wild, student = tmp_path / "wild/seed-0", tmp_path / "student/seed-1"
-    table = [setting(name="Wild", lr=100.0, normalization="none", model="resnet32", epochs=1),
-             setting(name="Student", teacher=str(wild), seeds=[1]), setting(name="Tame", epochs=1)]  # fmt: skip
+    table = [
+        setting(name="Wild", lr=100.0, normalization="none", model="resnet32", epochs=1),
+        setting(name="Student", teacher=str(wild), seeds=[1]),
+        setting(name="Tame", epochs=1),
+    ]
     with pytest.raises(JobFailed, match=r"^2 of 3 runs failed: Wild, .*; setting 'Student': key 'teacher': .*not finished"):
         study.study(table, "images", tmp_path)
     assert (tmp_path / "tame/seed-0/result.json").exists() and not (student / "result.json").exists()
@@ -360,8 +369,14 @@ def save_then_die(after: int) -> Callable[[Path, Checkpoint], None]:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
 def test_every_optimizer_learns_and_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    row = setting(optimizer=optimizer, lr=0.02 if optimizer == "sgd" else 0.003, lr_decay="linear",
-                  nesterov=optimizer == "sgd", epochs=6, augmentation="crop_flip_cutout_mixup")  # fmt: skip
+    row = setting(
+        optimizer=optimizer,
+        lr=0.02 if optimizer == "sgd" else 0.003,
+        lr_decay="linear",
+        nesterov=optimizer == "sgd",
+        epochs=6,
+        augmentation="crop_flip_cutout_mixup",
+    )
     result = train_run(row, 0, data, tmp_path / "whole", "cpu")
     assert result["test"]["accuracy"] > 50
 
@@ -420,8 +435,15 @@ def test_signals_show_what_shortcuts_and_normalisation_do_to_an_untrained_networ
 
 
 def test_the_time_left_counts_the_later_runs_by_their_size() -> None:
-    row = {"epoch": 4, "train_loss": 1.0, "train_accuracy": 50.0, "validation_accuracy": None, "lr": 0.1,
-           "train_seconds": 25.0, "validation_seconds": 5.0}  # fmt: skip
+    row = {
+        "epoch": 4,
+        "train_loss": 1.0,
+        "train_accuracy": 50.0,
+        "validation_accuracy": None,
+        "lr": 0.1,
+        "train_seconds": 25.0,
+        "validation_seconds": 5.0,
+    }
     one = setting(model="resnet20", width=16, epochs=10)
     assert epoch_line("One", one, [row], {}, later=0).endswith("lr 0.1  30 s  left 3.0 min")
     assert epoch_line("One", one, [row], {}, later=10 * 56 * 16).endswith("left 3.0 min, of all runs 17.0 min")
@@ -554,11 +576,16 @@ def test_bfloat16_is_for_computing_and_the_weights_stay_float32() -> None:
     assert dtypes == [torch.bfloat16] and learner.model.conv.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("able", "asked", "device", "resolved"), [
-    (True, "auto", "cpu", ("bfloat16", True)), (False, "auto", "cpu", ("float32", False)),
-    (True, "float32", "cpu", ("float32", False)), (False, "bfloat16", "cpu", ("bfloat16", True)),
-    (False, "auto", "cuda", ("float32", True)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("able", "asked", "device", "resolved"),
+    [
+        (True, "auto", "cpu", ("bfloat16", True)),
+        (False, "auto", "cpu", ("float32", False)),
+        (True, "float32", "cpu", ("float32", False)),
+        (False, "bfloat16", "cpu", ("bfloat16", True)),
+        (False, "auto", "cuda", ("float32", True)),
+    ],
+)
 def test_the_machine_chooses_what_the_setting_leaves_open(
     monkeypatch: pytest.MonkeyPatch, able: bool, asked: str, device: str, resolved: tuple[str, bool]
 ) -> None:

@@ -37,32 +37,101 @@ CLEAR = "a clear line and exit status 2, or the right answer"
 CASES = len(training.CANNOT_GO_ON) + 2
 ROWS = [
     Row("kill", "SIGKILL at a random moment of training, then resume", IDENTICAL, 200, training.killed_anywhere),
-    Row("write", "SIGKILL inside a write (opened, half written, before fsync, before and after rename, while pruning)",
-        "identical", 60, training.killed_in_a_write, batch=6, least=6),
-    Row("signal", "Ctrl-C or SIGTERM at a random moment, then resume", "130 or 143, one line, identical", 40,
-        training.interrupted),
-    Row("checkpoint", "newest checkpoint truncated, zeroed, bit-flipped", "older one used, said aloud, identical", 50,
-        training.damaged_checkpoint),
-    Row("full", "disk full (a small tmpfs) at a random moment", "old state intact, clear error, goes on, identical", 10,
-        training.disk_full),
+    Row(
+        "write",
+        "SIGKILL inside a write (opened, half written, before fsync, before and after rename, while pruning)",
+        "identical",
+        60,
+        training.killed_in_a_write,
+        batch=6,
+        least=6,
+    ),
+    Row(
+        "signal",
+        "Ctrl-C or SIGTERM at a random moment, then resume",
+        "130 or 143, one line, identical",
+        40,
+        training.interrupted,
+    ),
+    Row(
+        "checkpoint",
+        "newest checkpoint truncated, zeroed, bit-flipped",
+        "older one used, said aloud, identical",
+        50,
+        training.damaged_checkpoint,
+    ),
+    Row(
+        "full",
+        "disk full (a small tmpfs) at a random moment",
+        "old state intact, clear error, goes on, identical",
+        10,
+        training.disk_full,
+    ),
     Row("read-only", "read-only mount", "old state intact, clear error, goes on, identical", 10, training.read_only),
     Row("file", "path under a file", "old state intact, clear error, goes on, identical", 10, training.under_a_file),
     Row("lock", "two processes on one run folder", "one works, one leaves naming it", 20, training.two_processes),
-    Row("refuse", "non-finite loss, optimizer state missing, foreign run folder and the like",
-        "stops or refuses with the reason", CASES, training.cannot_go_on, batch=CASES, least=CASES),
-    Row("settings", "settings mutated (typo, type, range, NaN, duplicate, encoding, huge) with hypothesis",
-        "line naming file and key, status 2, nothing written", 5000, inputs.settings, batch=50),
-    Row("data", "data archives truncated, bit-flipped, bombs, links and `..` members, wrong labels, shapes, missing classes",
-        "clear error or right data; nothing written; memory bounded", 2000, inputs.data, batch=100, memory_mb=1500),
-    Row("payload", "pickles with payloads in CIFAR batches, checkpoints and models, renamed to `.pt`/`.safetensors`",
-        "executed: 0", len(inputs.PAYLOADS), inputs.payloads, batch=len(inputs.PAYLOADS), least=len(inputs.PAYLOADS)),
-    Row("model", "safetensors and ONNX model folders mutated", "clear error or equal model", 2000, inputs.models, batch=100,
-        memory_mb=1000),
-    Row("photo", "photos mutated byte-wise and structurally",
-        "a prediction or a clear line; no hang, no crash, memory bounded", 5000, inputs.photos, batch=50, memory_mb=2000),
-    Row("web", "web requests: oversize, chunked, slow, malformed, traversal names, parallel",
-        "4xx or an answer; next good request answered", 2000, web.requests, batch=200),
-]  # fmt: skip
+    Row(
+        "refuse",
+        "non-finite loss, optimizer state missing, foreign run folder and the like",
+        "stops or refuses with the reason",
+        CASES,
+        training.cannot_go_on,
+        batch=CASES,
+        least=CASES,
+    ),
+    Row(
+        "settings",
+        "settings mutated (typo, type, range, NaN, duplicate, encoding, huge) with hypothesis",
+        "line naming file and key, status 2, nothing written",
+        5000,
+        inputs.settings,
+        batch=50,
+    ),
+    Row(
+        "data",
+        "data archives truncated, bit-flipped, bombs, links and `..` members, wrong labels, shapes, missing classes",
+        "clear error or right data; nothing written; memory bounded",
+        2000,
+        inputs.data,
+        batch=100,
+        memory_mb=1500,
+    ),
+    Row(
+        "payload",
+        "pickles with payloads in CIFAR batches, checkpoints and models, renamed to `.pt`/`.safetensors`",
+        "executed: 0",
+        len(inputs.PAYLOADS),
+        inputs.payloads,
+        batch=len(inputs.PAYLOADS),
+        least=len(inputs.PAYLOADS),
+    ),
+    Row(
+        "model",
+        "safetensors and ONNX model folders mutated",
+        "clear error or equal model",
+        2000,
+        inputs.models,
+        batch=100,
+        memory_mb=1000,
+    ),
+    Row(
+        "photo",
+        "photos mutated byte-wise and structurally",
+        "a prediction or a clear line; no hang, no crash, memory bounded",
+        5000,
+        inputs.photos,
+        batch=50,
+        memory_mb=2000,
+    ),
+    Row(
+        "web",
+        "web requests: oversize, chunked, slow, malformed, traversal names, parallel",
+        "4xx or an answer; next good request answered",
+        2000,
+        web.requests,
+        batch=200,
+    ),
+]
 
 
 def main() -> int:
@@ -96,8 +165,11 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
         if time.monotonic() - said > LINE_SECONDS:
             said = time.monotonic()
             left = outcome.seconds / outcome.reached * (outcome.asked - outcome.reached)
-            print(f"  {outcome.row.key}: {outcome.reached} of {outcome.asked}, {len(outcome.failures)} failures, "
-                  f"about {left / 60:.1f} min left of this row", flush=True)  # fmt: skip
+            print(
+                f"  {outcome.row.key}: {outcome.reached} of {outcome.asked}, {len(outcome.failures)} failures, "
+                f"about {left / 60:.1f} min left of this row",
+                flush=True,
+            )
 
     for number, row in enumerate(rows, 1):
         print(f"{number} of {len(rows)}: {row.key}", flush=True)
@@ -178,8 +250,11 @@ def _broken(work: Path, seed: int) -> int:
         caught = bool(outcome.failures)
         missed += not (caught or outcome.skipped)
         said = outcome.failures[0].splitlines()[0][:160] if caught else outcome.skipped
-        print(f"{row.key}: {what}: {'caught' if caught else 'SKIPPED' if outcome.skipped else 'MISSED'} "
-              f"after {outcome.reached} trials: {said}", flush=True)  # fmt: skip
+        print(
+            f"{row.key}: {what}: {'caught' if caught else 'SKIPPED' if outcome.skipped else 'MISSED'} "
+            f"after {outcome.reached} trials: {said}",
+            flush=True,
+        )
     return missed
 
 

@@ -91,10 +91,12 @@ BROKEN: dict[str, list[tuple[str, AbstractContextManager[Any]]]] = {  # each can
     "lock": [("a lock that never locks", _instead(run_folder.locked, _never_locked))],
     "refuse": [("no check of a checkpoint's tensors", _instead(storage.check_tensors, lambda where, wanted, tensors: None))],
     "settings": [("unknown keys are let through", _lenient_settings())],
-    "data": [("labels are not checked", _instead(sources._checked, _unchecked)),
-             ("an archive reader without caps", _without_caps())],
+    "data": [
+        ("labels are not checked", _instead(sources._checked, _unchecked)),
+        ("an archive reader without caps", _without_caps()),
+    ],
     "payload": [("Python's own unpickler", _instead(sources._BatchUnpickler, pickle.Unpickler))],
     "model": [("an ONNX file's checksum is not looked at", patch.object(infer, "SEAL", b"nowhere"))],
     "photo": [("Pillow's errors are let through", _instead(photo.read_photo, lambda file: Image.open(file).convert("RGB")))],
     "web": [("a server that fails where it must refuse", patch.object(web, "SABOTAGE", "serve.HTTPException = ValueError; "))],
-}  # fmt: skip
+}

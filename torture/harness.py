@@ -151,8 +151,15 @@ class Command:
         return Ended(os.waitstatus_to_exitcode(done[1]), out, err)
 
 
-def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
-        progress: Callable[[Outcome], None] = lambda outcome: None, stop_at_failure: bool = False) -> Outcome:  # fmt: skip
+def run(
+    row: Row,
+    seed: int,
+    count: int,
+    work: Path,
+    only: int | None = None,
+    progress: Callable[[Outcome], None] = lambda outcome: None,
+    stop_at_failure: bool = False,
+) -> Outcome:
     """Run `count` trials of a row, or only one of its batches; Ctrl-C stops it with what was reached."""
     outcome = Outcome(row, count if only is None else row.batch)
     try:
@@ -162,8 +169,9 @@ def run(row: Row, seed: int, count: int, work: Path, only: int | None = None,
     return outcome
 
 
-def _run(outcome: Outcome, seed: int, work: Path, only: int | None, progress: Callable[[Outcome], None],
-         stop_at_failure: bool) -> None:  # fmt: skip
+def _run(
+    outcome: Outcome, seed: int, work: Path, only: int | None, progress: Callable[[Outcome], None], stop_at_failure: bool
+) -> None:
     row, count, started = outcome.row, outcome.asked, time.monotonic()
     batches = range(-(-count // row.batch)) if only is None else [only]
     for number in batches:

@@ -84,8 +84,13 @@ def settings(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     nowhere = folder / "nowhere"
 
     @hypothesis.seed(rng.getrandbits(64))
-    @hypothesis.settings(max_examples=count, database=None, deadline=None, phases=[hypothesis.Phase.generate],
-                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(wrong_tables())
     def example(case: tuple[bytes, str]) -> None:
         content, word = case
@@ -128,30 +133,52 @@ def _pickled(data: bytes) -> bytes:
     return b"\x80\x04}" + _text("data") + data + b"s" + _text("labels") + b"]s."
 
 
-OBJECTS = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + _text("b") + b"tR(K\x01(K\x01tcnumpy\ndtype\n("
-           + _text("O8") + b"K\x00K\x01tR(K\x03" + _text("|") + b"NNN" + b"J\xff\xff\xff\xff" * 2
-           + b"K\x3ftb\x89]")  # fmt: skip
+OBJECTS = (
+    b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t"
+    + _text("b")
+    + b"tR(K\x01(K\x01tcnumpy\ndtype\n("
+    + _text("O8")
+    + b"K\x00K\x01tR(K\x03"
+    + _text("|")
+    + b"NNN"
+    + b"J\xff\xff\xff\xff" * 2
+    + b"K\x3ftb\x89]"
+)
 BAD_BATCHES: dict[str, bytes | dict[str, Any]] = {
-    "label too high": {"labels": [10] * 10}, "label negative": {"labels": [-1] * 10}, "label huge": {"labels": [2**70] * 10},
-    "labels of text": {"labels": ["cat"] * 10}, "fewer labels": {"labels": [0] * 9}, "labels missing": {"labels": None},
-    "no image": {"data": np.zeros((0, 3072), np.uint8), "labels": []}, "pixels missing": {"data": None},
-    "grey": {"data": np.zeros((10, 1024), np.uint8)}, "one dimension": {"data": np.zeros(30_720, np.uint8)},
-    "floats": {"data": np.zeros((10, 3072), np.float32)}, "objects": {"data": np.full((10, 3072), None)},
-    "records": {"data": np.zeros(10, [("a", "u1", 3072)])}, "strided": {"data": np.zeros((3072, 10), np.uint8).T[:, ::2]},
-    "a list": {"data": [[0] * 3072] * 10}, "a number": pickle.dumps(1), "a list of itself": b"\x80\x02]q\x00h\x00a.",
-    "empty": b"", "only a head": b"\x80\x02", "an unknown instruction": b"\x80\x02\xff.",
+    "label too high": {"labels": [10] * 10},
+    "label negative": {"labels": [-1] * 10},
+    "label huge": {"labels": [2**70] * 10},
+    "labels of text": {"labels": ["cat"] * 10},
+    "fewer labels": {"labels": [0] * 9},
+    "labels missing": {"labels": None},
+    "no image": {"data": np.zeros((0, 3072), np.uint8), "labels": []},
+    "pixels missing": {"data": None},
+    "grey": {"data": np.zeros((10, 1024), np.uint8)},
+    "one dimension": {"data": np.zeros(30_720, np.uint8)},
+    "floats": {"data": np.zeros((10, 3072), np.float32)},
+    "objects": {"data": np.full((10, 3072), None)},
+    "records": {"data": np.zeros(10, [("a", "u1", 3072)])},
+    "strided": {"data": np.zeros((3072, 10), np.uint8).T[:, ::2]},
+    "a list": {"data": [[0] * 3072] * 10},
+    "a number": pickle.dumps(1),
+    "a list of itself": b"\x80\x02]q\x00h\x00a.",
+    "empty": b"",
+    "only a head": b"\x80\x02",
+    "an unknown instruction": b"\x80\x02\xff.",
     "tuples in tuples as a key": b"\x80\x02}(" + b")" + b"\x85" * 2_000_000 + b"K\x01u.",
     "objects in objects": _pickled(OBJECTS * 200_000 + b"K\x01" + b"atb" * 200_000),
     "lists in lists": _pickled(b"]" * 300_000 + b"a" * 299_999),
     "a promise of a terabyte": _pickled(b"\x8e" + struct.pack("<Q", 1 << 40) + b"x"),
     "a promise of a terabyte of room": _pickled(b"\x96" + struct.pack("<Q", 1 << 40) + b"x"),
     "an array of a terabyte": _pickled(b"cnumpy\nndarray\n(J\x00\x00\x00\x40J\x00\x04\x00\x00\x86tR"),
-    "an array in a terabyte": _pickled(b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(\x8a\x05\x00\x00\x00\x00\x40t"
-                                       + _text("b") + b"tR"),
+    "an array in a terabyte": _pickled(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(\x8a\x05\x00\x00\x00\x00\x40t" + _text("b") + b"tR"
+    ),
     "a memo of a gigabyte": b"\x80\x02}r\x00\x00\x00\x08.",
-    "a persistent id": _pickled(b"K\x01Q"), "an extension": _pickled(b"\x82\x01"),
+    "a persistent id": _pickled(b"K\x01Q"),
+    "an extension": _pickled(b"\x82\x01"),
     "a frame too long": b"\x80\x04\x95" + b"\xff" * 8,
-}  # fmt: skip
+}
 
 
 def noise(count: int, seed: int) -> tuple[np.ndarray[Any, Any], list[int]]:
@@ -195,8 +222,13 @@ def _lying_member(rng: random.Random, target: Path) -> bytes:
     def change(member: tarfile.TarInfo) -> None:
         if not member.name.endswith(victim):
             return
-        kinds = {"link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE, "device": tarfile.CHRTYPE,
-                 "sparse": tarfile.GNUTYPE_SPARSE}  # fmt: skip
+        kinds = {
+            "link": tarfile.SYMTYPE,
+            "hard link": tarfile.LNKTYPE,
+            "fifo": tarfile.FIFOTYPE,
+            "device": tarfile.CHRTYPE,
+            "sparse": tarfile.GNUTYPE_SPARSE,
+        }
         member.type = kinds.get(kind, member.type)
         member.linkname = str(target) if kind in ("link", "hard link") else ""
         member.size = {"size": 1 << 40}.get(kind, 0 if kind in ("link", "hard link", "fifo", "device") else member.size)
@@ -330,8 +362,9 @@ def with_names(names: Any) -> dict[str, str]:
 
 def write_parquet(file: Path, blobs: list[bytes], labels: list[Any], names: Any = tuple("0123456789")) -> None:
     """Write what the `datasets` library of Hugging Face writes."""
-    schema = pa.schema([("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
-                       metadata=with_names(names))  # fmt: skip
+    schema = pa.schema(
+        [("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())], metadata=with_names(names)
+    )
     rows = pa.array([{"bytes": blob, "path": None} for blob in blobs], schema.field("img").type)
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_arrays([rows, pa.array(labels[: len(blobs)], pa.int64())], schema=schema), file)
@@ -369,8 +402,10 @@ def class_folders(rng: random.Random, folder: Path) -> tuple[Path, bool]:
 MAKERS = (archive, archive, batch_folder, parquet, class_folders)
 
 
-RIGHT = {part: Split(torch.from_numpy(images), torch.tensor(labels), tuple("0123456789"), "").sha256
-         for part, (images, labels) in (("train", TRAIN), ("test", TEST))}  # fmt: skip
+RIGHT = {
+    part: Split(torch.from_numpy(images), torch.tensor(labels), tuple("0123456789"), "").sha256
+    for part, (images, labels) in (("train", TRAIN), ("test", TEST))
+}
 
 
 def data(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
@@ -487,15 +522,21 @@ def payloads(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
 
 
 def _hostile_safetensors(rng: random.Random) -> bytes:
-    header: Any = rng.choice([
-        {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 30], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1 << 62]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
-        {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
-        {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
-        {"__metadata__": {"checkpoint": "[" * 100_000}}, {"__metadata__": {"checkpoint": "null"}},
-        {"__metadata__": {"checkpoint": '{"sha256": 1, "state": ' + "[" * 900 + "]" * 900 + "}"}}, {}, [], 1,
-    ])  # fmt: skip
+    header: Any = rng.choice(
+        [
+            {"a": {"dtype": "F32", "shape": [1 << 40, 1 << 30], "data_offsets": [0, 4]}},
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1 << 62]}},
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}},
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+            {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+            {"__metadata__": {"checkpoint": "[" * 100_000}},
+            {"__metadata__": {"checkpoint": "null"}},
+            {"__metadata__": {"checkpoint": '{"sha256": 1, "state": ' + "[" * 900 + "]" * 900 + "}"}},
+            {},
+            [],
+            1,
+        ]
+    )
     text = json.dumps(header).encode()
     length = rng.choice((len(text), len(text), len(text) + 1, 1 << 62, (1 << 64) - 1, 0))
     return struct.pack("<Q", length) + text + b"\0\0\0\0"
@@ -570,17 +611,24 @@ def _photos() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a photo"
     return [
-        encoded(pixels, "JPEG"), encoded(pixels, "JPEG", progressive=True, exif=exif),
+        encoded(pixels, "JPEG"),
+        encoded(pixels, "JPEG", progressive=True, exif=exif),
         encoded(pixels.convert("CMYK"), "JPEG"),
-        encoded(pixels, "PNG", exif=exif), encoded(pixels.convert("P"), "PNG"), encoded(pixels.convert("1"), "PNG"),
-        encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"), encoded(pixels.convert("RGBA"), "PNG"),
-        encoded(pixels, "WEBP"), encoded(pixels, "WEBP", lossless=True),
+        encoded(pixels, "PNG", exif=exif),
+        encoded(pixels.convert("P"), "PNG"),
+        encoded(pixels.convert("1"), "PNG"),
+        encoded(Image.fromarray(np.full((9, 9), 40_000, np.uint16)), "PNG"),
+        encoded(pixels.convert("RGBA"), "PNG"),
+        encoded(pixels, "WEBP"),
+        encoded(pixels, "WEBP", lossless=True),
         encoded(frames[0], "WEBP", save_all=True, append_images=frames),
-        encoded(frames[0].convert("P"), "GIF", save_all=True, append_images=frames), encoded(pixels, "BMP"),
+        encoded(frames[0].convert("P"), "GIF", save_all=True, append_images=frames),
+        encoded(pixels, "BMP"),
         encoded(pixels.convert("P"), "BMP"),
         *(encoded(pixels, "TIFF", compression=c) for c in (None, "tiff_lzw", "tiff_deflate", "jpeg")),
-        encoded(frames[0], "TIFF", save_all=True, append_images=frames), encoded(pixels.convert("I;16"), "TIFF"),
-    ]  # fmt: skip
+        encoded(frames[0], "TIFF", save_all=True, append_images=frames),
+        encoded(pixels.convert("I;16"), "TIFF"),
+    ]
 
 
 @functools.cache
@@ -589,17 +637,24 @@ def _bombs() -> list[bytes]:
     whole = encoded(Image.new("L", (3000, 3000), 128), "JPEG", progressive=True)
     scan = whole[whole.rindex(b"\xff\xda") : -2]
     return [
-        png(60_000, 60_000, b""), png(9_000, 9_000, b""), png(2_147_483_647, 1, b""), png(0, 0, b""),
+        png(60_000, 60_000, b""),
+        png(9_000, 9_000, b""),
+        png(2_147_483_647, 1, b""),
+        png(0, 0, b""),
         png(10, 10, _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000))) * 3),
         png(10, 10, _chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
-        encoded(Image.new("1", (9_000, 9_000)), "PNG"), encoded(Image.new("RGB", (8_000, 8_000)), "WEBP", lossless=True),
+        encoded(Image.new("1", (9_000, 9_000)), "PNG"),
+        encoded(Image.new("RGB", (8_000, 8_000)), "WEBP", lossless=True),
         encoded(Image.new("1", (9_000, 9_000)), "TIFF", compression="group4"),
         encoded(Image.new("1", (15_000, 15_000)), "PNG"),
         whole[:-2] + scan * ((900_000 - len(whole)) // len(scan)) + b"\xff\xd9",
-        b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b","
-        + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\x02\0;",
+        b"GIF89a"
+        + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0)
+        + b","
+        + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0)
+        + b"\x02\0;",
         b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 2_000_000_000, -2_000_000_000, 1, 24, 0, 0, 0, 0, 0, 0),
-    ]  # fmt: skip
+    ]
 
 
 def photo(rng: random.Random) -> bytes:

@@ -57,8 +57,10 @@ class Ground:
     def build(self) -> None:
         """Write the data, train undisturbed, and keep a copy of the run folder after each epoch."""
         self.data.mkdir(parents=True)
-        for part, count, names in (("train", TRAIN_IMAGES, [f"data_batch_{i}" for i in range(1, 6)]),
-                                   ("test", TEST_IMAGES, ["test_batch"])):  # fmt: skip
+        for part, count, names in (
+            ("train", TRAIN_IMAGES, [f"data_batch_{i}" for i in range(1, 6)]),
+            ("test", TEST_IMAGES, ["test_batch"]),
+        ):
             split = load("digits", part)
             assert split is not None
             for name, chosen in zip(names, torch.arange(count).chunk(len(names)), strict=True):
@@ -78,8 +80,9 @@ class Ground:
         expect(ended.status == 0, ended.err)
         return time.monotonic() - started
 
-    def train(self, out: Path, prepare: Callable[[], None] = lambda: None, real_export: bool = False,
-              table: Path | None = None) -> Command:  # fmt: skip
+    def train(
+        self, out: Path, prepare: Callable[[], None] = lambda: None, real_export: bool = False, table: Path | None = None
+    ) -> Command:
         """Start the training of the table into a folder."""
 
         def everything() -> None:
@@ -434,10 +437,13 @@ def _other_setting(file: Path) -> None:
 CANNOT_GO_ON: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "optimizer state missing": (lambda run: _rewrite(run / run_folder.LAST, _drop_optimizer), ("seed-0", "optimizer.")),
     "a weight missing": (
-        lambda run: _rewrite(run / run_folder.LAST, lambda t, s: t.pop("model.conv.weight")), ("model.conv.weight",)),
+        lambda run: _rewrite(run / run_folder.LAST, lambda t, s: t.pop("model.conv.weight")),
+        ("model.conv.weight",),
+    ),
     "a weight of another shape": (
         lambda run: _rewrite(run / run_folder.LAST, lambda t, s: t.update({"model.linear.bias": torch.zeros(3)})),
-        ("model.linear.bias",)),
+        ("model.linear.bias",),
+    ),
     "the epoch missing": (lambda run: _rewrite(run / run_folder.LAST, lambda t, s: s.pop("epoch")), ("seed-0", "epoch")),
     "a foreign run": (lambda run: _other_setting(run / "setting.json"), ("holds another study", "lr was 0.2, is 0.05")),
     "foreign files": (lambda run: (run / "setting.json").rename(run / "thesis.txt"), ("no setting.json",)),
@@ -446,11 +452,15 @@ CANNOT_GO_ON: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "metrics.csv lost": (lambda run: (run / "metrics.csv").unlink(), ("metrics.csv",)),
     "metrics.csv torn": (lambda run: (run / "metrics.csv").write_text("epoch,tr"), ("metrics.csv",)),
     "metrics.csv shorter": (
-        lambda run: (run / "metrics.csv").write_text(",".join(run_folder.METRICS) + "\n"), ("metrics.csv",)),
+        lambda run: (run / "metrics.csv").write_text(",".join(run_folder.METRICS) + "\n"),
+        ("metrics.csv",),
+    ),
     "environment.json damaged": (lambda run: (run / "environment.json").write_text("{"), ("environment.json",)),
     "all checkpoints damaged": (
-        lambda run: [(run / name).write_bytes(b"?") for name in (run_folder.LAST, run_folder.PREVIOUS)], ("anew",)),
-}  # fmt: skip
+        lambda run: [(run / name).write_bytes(b"?") for name in (run_folder.LAST, run_folder.PREVIOUS)],
+        ("anew",),
+    ),
+}
 
 
 def cannot_go_on(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
@@ -467,8 +477,11 @@ def cannot_go_on(rng: random.Random, count: int, folder: Path) -> Iterator[None]
         before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
         try:
             GROUND.train(out).end().refused(2, *words)
-            expect({file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}.items()
-                   <= before.items(), "it was changed")  # fmt: skip
+            expect(
+                {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}.items()
+                <= before.items(),
+                "it was changed",
+            )
         except Failed as failure:
             raise Failed(f"{name}: {failure}") from None
         yield

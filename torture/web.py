@@ -35,8 +35,10 @@ SLOW = 0.01  # the share of requests that are never finished: each takes SECONDS
 @contextmanager
 def running(model: Path, **limits: float) -> Iterator[tuple[int, int]]:
     """Start a server with other limits on a free port: its port and its process id. It must not end with a traceback."""
-    code = (f"import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); {SABOTAGE}"
-            "serve.serve(sys.argv[1], '127.0.0.1', 0)")  # fmt: skip
+    code = (
+        f"import json, sys; from resnet_cifar10 import serve; vars(serve).update(json.loads(sys.argv[2])); {SABOTAGE}"
+        "serve.serve(sys.argv[1], '127.0.0.1', 0)"
+    )
     command = [sys.executable, "-c", code, str(model), json.dumps(limits)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -71,8 +73,10 @@ def _post(
     port: int, body: bytes, kind: str = "application/octet-stream", length: int | str | None = None, extra: str = ""
 ) -> bytes:
     size = len(body) if length is None else length
-    return (f"POST /api/classify HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\nContent-Type: {kind}\r\n"
-            f"Content-Length: {size}\r\n{extra}\r\n").encode() + body  # fmt: skip
+    return (
+        f"POST /api/classify HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+        f"Content-Length: {size}\r\n{extra}\r\n"
+    ).encode() + body
 
 
 def _chunked(rng: random.Random, port: int, body: bytes) -> bytes:
@@ -86,8 +90,10 @@ def _chunked(rng: random.Random, port: int, body: bytes) -> bytes:
 
 def form(*files: tuple[str, bytes]) -> tuple[bytes, str]:
     """Write names and contents of files as a form, and its Content-Type."""
-    parts = [f'--limit\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
-             for name, content in files]  # fmt: skip
+    parts = [
+        f'--limit\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n\r\n'.encode() + content + b"\r\n"
+        for name, content in files
+    ]
     return b"".join(parts) + b"--limit--\r\n", "multipart/form-data; boundary=limit"
 
 
