@@ -187,7 +187,8 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         text += asked
         others = [row for row in tested if row is not best]
         if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
-            text += f" The seeds show no difference in test accuracy from {named(alike, 'or')} (each compared by itself)."
+            those = named(alike, "or") if len(alike) <= FEW else f"{len(alike)} of the others"
+            text += f" The seeds show no difference in test accuracy from {those} (each compared by itself)."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
             once, them = ("were run once each", "them") if len(single) > 1 else ("was run once", "it")
