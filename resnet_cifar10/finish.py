@@ -41,7 +41,7 @@ def finish(
         The metrics of "validation" and "test", None for a split that is not there.
 
     Raises:
-        JobFailed: If a logit is not finite.
+        JobFailed: If a logit is not finite, or the ONNX graph and PyTorch disagree.
 
     """
     temperature = 1.0
