@@ -62,9 +62,9 @@ def span(numbers: Iterable[float], form: str = ",") -> str:
     return least if least == greatest else f"{least}–{greatest}"
 
 
-def named(names: Sequence[str], link: str = "and") -> str:
+def named(names: Sequence[str]) -> str:
     """Name settings as in a sentence, and count the many."""
-    return join(names, link) if len(names) <= FEW else f"{len(names)} settings"
+    return join(names) if len(names) <= FEW else f"{len(names)} settings"
 
 
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
@@ -187,8 +187,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         text += asked
         others = [row for row in tested if row is not best]
         if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
-            those = named(alike, "or") if len(alike) <= FEW else f"{len(alike)} of the others"
-            text += f" The seeds show no difference in test accuracy from {those} (each compared by itself)."
+            text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
             once, them = ("were run once each", "them") if len(single) > 1 else ("was run once", "it")
@@ -239,8 +238,8 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
             (
                 "Overfitting",
                 "A network usually does better on the images that it has learned from. Training against "
-                f"validation accuracy at the kept epoch{', least and most' if many else ''}: {shown}. Training accuracy "
-                f"is counted during the epoch, while the network still learns{changed}.",
+                f"validation accuracy at the kept epoch, both as measured while training{'; least and most' if many else ''}: "
+                f"{shown}. Training accuracy is counted during the epoch, while the network still learns{changed}.",
             )
         )
     return found
@@ -259,8 +258,8 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     if any(each.p is not None for each in compared):
         said.append(
             f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
-            "show that there is no difference. The intervals are of the chance of the seeds alone, which they take as "
-            "normally distributed; all settings were measured with the same test images."
+            "show that there is no difference. Where both sides have several seeds, the intervals are of the chance of the "
+            "seeds alone, which they take as normally distributed; all settings were measured with the same test images."
         )
     return [
         *said,
@@ -304,9 +303,10 @@ def notes(
     )
     return {
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
-        "overview": "The number at a curve is the validation accuracy of the kept weights, measured again in float32, which "
-        f"can differ from the curve by some tenths of a point{unfinished}.{enlarged}",
-        "curves": f"{lines}A dot is the epoch whose weights were kept. All was measured while training, in its number format.",
+        "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
+        f"can differ from their dot by some tenths of a point, and lie above the end of the curve{unfinished}.{enlarged}",
+        "curves": f"{lines}A dot is the epoch whose weights were kept. Curves and dots were measured while training, in the "
+        "run's own precision.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
         "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
         f"weights{unfinished}.",

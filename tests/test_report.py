@@ -553,7 +553,9 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     write_run(tmp_path / "own", ONE, 0, 89.0, source="pets (JPEG copy)")
     assert "CIFAR-10" not in report([tmp_path / "own"], tmp_path / "pets").read_text()
     assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
-    assert "The number at a curve" in (out / "report.html").read_text() and "The number at a curve" not in page.read_text()
+    assert (
+        "The number beside a name" in (out / "report.html").read_text() and "The number beside a name" not in page.read_text()
+    )
 
 
 @pytest.mark.usefixtures("drawn")
@@ -759,7 +761,7 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
         for seed, value in enumerate(values):
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "The seeds show no difference in test accuracy from Setting #1 (each compared by itself)." in text
+    assert "The seeds cannot tell its test accuracy from that of Setting #1 (each compared by itself)." in text
     assert "Its run with seed 1, the one with the best validation accuracy, on the 10,000 test images." in text
 
 
