@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -157,16 +157,17 @@ def infer(
             print(printable(f"{name}: {prediction}"), flush=True)
         if figure or explain:
             from .explain import activation, heat_map
+            from .figure import figure as draw
+            from .figure import tile
 
             heat = heat_map(image, activation(classifier, image, prediction.label))
-            pictures.append((printable(Path(name).name), image.resize(heat.size), heat, prediction))
+            if figure:
+                pictures.append((printable(Path(name).name), tile(image.resize(heat.size)), tile(heat), prediction))
     if as_json:
         print(json.dumps(answers))
-    if explain and pictures:
-        write(explain, encoded(pictures[0][2], "PNG"))
+    if explain and answers:
+        write(explain, encoded(heat, "PNG"))
     if figure and pictures:
-        from .figure import figure as draw
-
         write(figure, encoded(draw(pictures), "PNG"))
     if len(answers) < len(names):
         raise typer.Exit(2)
@@ -181,17 +182,17 @@ def _standard_input() -> BytesIO:
 def _photos(arguments: list[str]) -> list[str]:
     names: list[str] = []
     for argument in arguments:
-        path = Path(argument)
         inside = [argument]
-        if path.is_dir():  # a broken link is told, a pipe would be waited for
+        if os.path.isdir(argument):  # unlike Path, os.path takes names that no disk does
             inside = sorted(
                 str(file)
-                for file in path.iterdir()
-                if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "." and (file.is_file() or not file.exists())
+                for file in Path(argument).iterdir()
+                if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."
+                if os.path.isfile(file) or not os.path.exists(file)  # a broken link is told, a pipe would be waited for
             )
         if not inside:
             raise ValueError(
-                f"{path}: holds no photo of its own, and folders in it are not looked into; "
+                f"{argument}: holds no photo of its own, and folders in it are not looked into; "
                 f"allowed: {', '.join(sorted(PHOTO_SUFFIXES))}"
             )
         names += inside
@@ -296,6 +297,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     if sys.stderr is None:  # closed by the shell, as in "2>&-": print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show is no reason to stop
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if any(not argument or re.fullmatch("--[a-z-]+=", argument) for argument in sys.argv):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from .errors import JobFailed
+from .errors import JobFailed, without_ctrl_c
 from .infer import SIZE
 from .photo import read_photo, square
 
@@ -39,12 +39,19 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
     chunks = [(items[i : i + CHUNK], name, i) for i in range(0, len(items), CHUNK)]
     if processes == 1 or len(chunks) == 1 or quick:
         return np.concatenate([_decode(*chunk) for chunk in chunks])
-    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a process without a traceback of its own
-    with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn"), signal.signal, quiet) as pool:
+    with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn"), _quiet) as pool:
         try:
-            return np.concatenate(list(pool.map(_decode, *zip(*chunks, strict=True))))
+            with without_ctrl_c():
+                parts = pool.map(_decode, *zip(*chunks, strict=True))
+            return np.concatenate(list(parts))
         except BrokenProcessPool:
             raise JobFailed(f"{name}: a process that decoded its images was ended; is there enough memory?") from None
+
+
+def _quiet() -> None:
+    """Let Ctrl-C end this process without a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:
@@ -59,6 +66,8 @@ def _pixels(item: bytes | Path, name: str) -> Pixels:
 
 def _quick(content: bytes) -> Pixels | None:
     """Decode a JPEG of 32x32 pixels as Pillow would, in a seventh of the time; None: something else, or damaged."""
+    if b"Exif" in content:  # which may ask to turn it
+        return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         usual = (height, width) == (SIZE, SIZE) and colours in ("YCbCr", "Gray", "RGB")

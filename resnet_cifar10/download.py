@@ -14,6 +14,7 @@ from http.client import HTTPException
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from rich.console import Console
@@ -58,7 +59,7 @@ def download(folder: Path, url: str | None = None) -> Path:
         JobFailed: With one line that says why: no mirror delivered the archive, or the disk did not take it.
 
     """
-    if url is not None and not re.fullmatch(r"https?://[!-.0-?A-~]+(/[!-~]*)?", url):  # ASCII; no "@" in the host
+    if url is not None and not _is_address(url):
         raise ValueError(
             f"option '--url': found {url!r}; allowed: http://HOST/... or https://HOST/..., no password, "
             "blanks and non-English letters percent-encoded"
@@ -87,6 +88,14 @@ def download(folder: Path, url: str | None = None) -> Path:
             f"{error.filename or folder}: {error.strerror or error}; once that is solved, the same command goes on"
         ) from None
     return archive
+
+
+def _is_address(url: str) -> bool:
+    """Say whether it is of http or https, in ASCII, without "@" in the host and with a port that there can be."""
+    try:
+        return bool(re.fullmatch(r"https?://[!-.0-?A-~]+(/[!-~]*)?", url)) and urlsplit(url).port != 0
+    except ValueError:  # of port and address
+        return False
 
 
 def _md5(file: BufferedReader | BufferedRandom) -> str:
@@ -136,7 +145,7 @@ def _receive(mirror: str, part: BufferedRandom, show: Callable[[int], None]) -> 
             part.truncate(part.seek(0))
         kind = _Broken if error.code >= 500 or error.code in (408, 416, 429) else _Useless
         raise kind(f"HTTP status {error.code}") from None
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: it redirects to what is no address
+    except (OSError, HTTPException, ValueError, OverflowError) as error:  # the last two: it redirects to what is no address
         raise _Broken(_why(error)) from None
     with response:
         content_range = response.headers.get("Content-Range", "")

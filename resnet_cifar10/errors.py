@@ -1,7 +1,10 @@
 """What ends a command besides wrong input (ValueError) and trouble with files (OSError), and messages made fit to be shown."""
 
 import reprlib
+import signal
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 JOINERS = "\u200c\u200d"  # of letters and of emoji
 
@@ -12,6 +15,19 @@ class JobFailed(Exception):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM, whose number is the argument, ended the training; the run folder holds every whole epoch."""
+
+
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, unless they unblock it: early, it would end them with a traceback."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # for its own start unblocks it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def one_line(text: object) -> str:

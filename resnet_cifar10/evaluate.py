@@ -77,7 +77,8 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n images, in percent (Wilson 1927)."""
     p, z = percent / 100, 1.959964
     centre, spread = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return 100 * (centre - spread) / (1 + z**2 / n), 100 * (centre + spread) / (1 + z**2 / n)
+    low, high = (100 * limit / (1 + z**2 / n) for limit in (centre - spread, centre + spread))
+    return max(low, 0.0), min(high, 100.0)  # which rounding may miss by 1e-15
 
 
 def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperature: float) -> dict[str, Any]:

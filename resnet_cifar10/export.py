@@ -81,8 +81,11 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         "contrast_std": network.widths[1:2],
     }
     for key, wanted in shapes.items():
-        if (found := np.shape(config.get(key) or [])) != wanted:
-            raise ValueError(f"{model}: config.json: key '{key}': found numbers of shape {found}; allowed: {wanted}")
+        found = np.array(config.get(key) or [])
+        if found.shape != wanted or found.dtype.kind not in "fi":
+            raise ValueError(
+                f"{model}: config.json: key '{key}': found {found.dtype} of shape {found.shape}; allowed: {wanted}"
+            )
     deployed = _Deployed(network, config).eval()
     if images is None:
         images = torch.randint(0, 256, (256, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -20,8 +20,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return ImageFont.load_default(size)  # English letters
 
 
+def tile(picture: Image.Image) -> Image.Image:
+    """Make a picture as small as the figure shows it."""
+    return ImageOps.pad(picture, (TILE, TILE), color="white")
+
+
 def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -> Image.Image:
-    """Draw the grid of photos, each with its heat map, label, name and the bars of its three highest probabilities."""
+    """Draw the grid: of each photo the tiles of it and its heat map, label, name and bars of its highest probabilities."""
     columns = min(COLUMNS, len(photos))
     rows = math.ceil(len(photos) / columns)
     cell_height = TILE + 6 * LINE + MARGIN
@@ -31,7 +36,7 @@ def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -
     for i, (name, photo, heat, prediction) in enumerate(photos):
         x, y = MARGIN + i % columns * (WIDTH + MARGIN), MARGIN + i // columns * cell_height
         for place, picture in enumerate((photo, heat)):
-            canvas.paste(ImageOps.pad(picture, (TILE, TILE), color="white"), (x + place * (TILE + GAP), y))
+            canvas.paste(picture, (x + place * (TILE + GAP), y))
         y += TILE + 6
         draw.text((x, y), prediction.verdict, "#b00020" if prediction.rejected else "#111111", bold)
         draw.text((x, y + LINE), name if len(name) <= 45 else name[:44] + "…", "#666666", small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def write(path: Path, content: bytes | str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # which a rename would put an end to
+            raise ValueError(f"{path}: is a device or a pipe; allowed: a file, or a name that is free")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -40,6 +43,7 @@ def write(path: Path, content: bytes | str) -> None:
             os.close(folder)
     except OSError as error:
         wrong = isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError)
+        wrong |= error.errno == errno.ENAMETOOLONG
         raise (ValueError if wrong else OSError)(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         with suppress(OSError):  # it is there only where something went wrong

@@ -128,7 +128,7 @@ def meaning(row: Row) -> dict[str, str]:
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
     counted = f", counted from {since} on," if since else ""
-    rule = f"{s.patience} epochs without a better validation accuracy{counted} end a run"
+    rule = f"{s.patience} epochs without a better validation accuracy (or an equal one and a lower loss){counted} end a run"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):
@@ -272,11 +272,16 @@ def notes(
     rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], compared: Sequence[Comparison], data: str
 ) -> dict[str, str]:
     """Write what stands beside the pictures and tables, for both forms of the report."""
-    lines = enlarged = seeds = once = ""
+    lines = objective = enlarged = seeds = once = ""
     if any(len(row.runs) > 1 for row in rows):
         lines = (
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
             "highest seed. "
+        )
+    if any(row.setting.label_smoothing or row.setting.teacher or "mixup" in row.setting.augmentation for row in rows):
+        objective = (
+            "With label smoothing, mixed images or a teacher the training loss contains them; it cannot be compared with the "
+            "validation loss, which does not. "
         )
     if any(row.done and row.curves("lr").shape[1] >= 40 for row in rows):  # in fewer epochs, a twentieth is one
         enlarged = (
@@ -305,8 +310,8 @@ def notes(
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
         f"can differ from their dot by some tenths of a point, and lie above the end of the curve{unfinished}.{enlarged}",
-        "curves": f"{lines}A dot is the epoch whose weights were kept. Curves and dots were measured while training, in the "
-        "run's own precision.",
+        "curves": f"{lines}{objective}A dot is the epoch whose weights were kept. Curves and dots were measured while "
+        "training, in the run's own precision.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
         "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
         f"weights{unfinished}.",

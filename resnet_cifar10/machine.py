@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def computes_in_bfloat16(device: str) -> bool:
 
 
 def has_compiler() -> bool:
-    """Say whether torch.compile finds a C++ compiler."""
-    return bool(os.environ.get("CXX") or shutil.which("g++"))
+    """Say whether torch.compile finds a C++ compiler, and Python's headers, which its kernels need."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return bool(shutil.which(os.environ.get("CXX") or "g++")) and headers.exists()
 
 
 def keep_memory() -> None:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from .errors import one_line
 from .infer import SIZE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
+TURNS = {  # that make a picture upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
@@ -49,22 +60,40 @@ def read_photo(file: Path | io.BytesIO, name: str = "standard input") -> Image.I
 
 
 def _scans(jpeg: Path | io.BytesIO) -> int:
-    """Count the scans of a JPEG: their marker can't stand inside one. Thousands keep a decoder busy for minutes."""
-    return (jpeg.read_bytes() if isinstance(jpeg, Path) else jpeg.getvalue()).count(b"\xff\xda")
+    """Count the scans of a JPEG, up to its end: phones put films behind it. Thousands keep a decoder busy for minutes."""
+    content, place, scans = jpeg.read_bytes() if isinstance(jpeg, Path) else jpeg.getvalue(), 0, 0
+    while (found := MARKER.search(content, place)) and found[0] != b"\xff\xd9":
+        scans += found[0] == b"\xff\xda"
+        place = found.end() + int.from_bytes(content[found.end() : found.end() + 2])
+    return scans
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Say how to turn a picture so that it is upright; None: it is, or its EXIF data are none."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many kinds on damaged bytes
+        return None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Turn a loaded picture as its EXIF data say, and bring it to RGB of 8 bits.
 
     Raises:
-        ValueError: If it has values of 32 bits, whose scale is unknown.
+        ValueError: If it has values of 32 bits, whose scale is unknown, or of 12.
 
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise ValueError("a grey picture of 32 bits; allowed: 8 and 16 bits")
+    bits, inverted = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
+        inverted = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # 0 is white
+    if (turn := _turn(image)) is not None:
+        image = image.transpose(turn)
+    if image.mode in ("I", "F") or (image.mode.startswith("I;16") and bits != 16):
+        raise ValueError(f"a grey picture of {32 if image.mode in ('I', 'F') else bits} bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        values = np.asarray(image) / 257
+        image = Image.fromarray((255 - values if inverted else values).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, NEUTRAL)

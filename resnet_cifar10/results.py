@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from .files import read_json, validated
 from .run_folder import read_metrics
@@ -84,6 +84,13 @@ class _Class(BaseModel, strict=True):
     n: int
 
 
+class _Mistake(BaseModel, strict=True):
+    label: str
+    predicted: str
+    probability: float
+    png: str
+
+
 class _Measured(BaseModel, strict=True):  # what is needed of a split; the rest is for readers
     accuracy: float
     n: int
@@ -95,6 +102,13 @@ class _Measured(BaseModel, strict=True):  # what is needed of a split; the rest 
     temperature: float
     per_class: dict[str, _Class]
     confusion: list[list[int]]
+    mistakes: list[_Mistake] = []
+
+    @model_validator(mode="after")
+    def _is_square(self) -> _Measured:
+        if {len(self.confusion), *map(len, self.confusion)} != {len(self.per_class)}:
+            raise ValueError("key 'confusion': not as many rows and columns as classes")
+        return self
 
 
 class _Result(BaseModel, strict=True):

@@ -88,7 +88,7 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
             raise ValueError(f"{folder / 'metrics.csv'}: found {len(rows)} epochs, the checkpoint has {epoch}")
         before = read_json(folder / "environment.json")
         not_bit_exact = before.get("not_bit_exact", "")
-        if changed := [key for key in environment if before.get(key) != environment[key] and key != "git_commit"]:
+        if changed := [key for key in environment if before.get(key) != environment[key] and key not in ("git_commit", "data")]:
             reason = f"resumed after epoch {epoch} with a change of {', '.join(changed)}"
             not_bit_exact = "; ".join(filter(None, [not_bit_exact, reason]))
     # with the reason: a run that is killed before its next checkpoint must not lose it

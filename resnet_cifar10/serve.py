@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import multiprocessing
 import re
 import signal
@@ -22,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
@@ -31,8 +33,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import printable
+from .errors import printable, without_ctrl_c
 from .explain import activation, heat_map
 from .infer import Classifier
 from .photo import encoded, read_photo, views
@@ -43,6 +46,7 @@ SECONDS = 20.0  # to receive a request, and to wait for a worker
 PHOTO_SECONDS = 20.0  # of processor time, for each photo
 WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels: 1.4 GB while it is read
 IN_FLIGHT = 40  # requests that are received, waiting or worked on; more are told to come back
+CONNECTIONS = 500  # open at once; more are closed, or the system's 1,024 files would be used up
 COME_BACK = {"Retry-After": "1"}  # seconds
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
@@ -69,7 +73,6 @@ def _answer(classifier: Classifier, content: bytes, explain: bool) -> dict[str, 
 
 def _work(pipe: Connection, model: str, seconds: float) -> None:
     """Answer one photo after the other until the pipe closes; a photo that takes too long ends this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server
     classifier = Classifier(model)
     while True:
         try:
@@ -93,7 +96,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy the server's threads and sockets
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, self.model, PHOTO_SECONDS), daemon=True)
-        self.process.start()
+        with without_ctrl_c():  # which is for the server
+            self.process.start()
         theirs.close()
 
     def answer(self, content: bytes, explain: bool) -> dict[str, Any]:
@@ -128,7 +132,10 @@ async def _files(request: Request) -> list[tuple[str, bytes]]:
         return [("-", await request.body())]
     if kind != "multipart/form-data":
         raise HTTPException(415, f"Content-Type {kind}: allowed are image/*, application/octet-stream, multipart/form-data")
-    form = await request.form(max_files=FILES, max_fields=FILES)
+    try:
+        form = await request.form(max_files=FILES, max_fields=FILES)
+    except UnicodeError:
+        raise HTTPException(400, "the form has an unknown charset") from None
     files = [(_shown(value.filename), await value.read()) for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if not files:
         raise HTTPException(422, "the form holds no file")
@@ -256,6 +263,47 @@ def _in_url(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
+class _Connection(H11Protocol):
+    """A connection that waits for the head of a request no longer than for the rest of it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        cycle = self.cycle
+
+        def give_up() -> None:
+            if self.cycle is cycle and (cycle is None or cycle.response_complete):  # no other request has begun
+                self.transport.abort()
+
+        self.loop.call_later(SECONDS, give_up)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # what follows an early answer is no HTTP, and cannot be answered any more
+            self.transport.abort()
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets
+        address = f"http://{_in_url(self.config.host)}:{sockets[0].getsockname()[1]}"
+        print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a request that is cut off is no error now
+        await super().shutdown(sockets)
+
+
 def serve(model: str, host: str, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM; port 0 takes a free one.
 
@@ -269,7 +317,6 @@ def serve(model: str, host: str, port: int) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
-    print(f"Open http://{_in_url(host)}:{listener.getsockname()[1]} in a browser; Ctrl-C ends it.", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
-    config = uvicorn.Config(app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[listener])
+    options: dict[str, Any] = {"ws": "none", "log_level": "warning", "server_header": False, "timeout_graceful_shutdown": 3}
+    _Server(uvicorn.Config(app, host, http=_Connection, **options)).run(sockets=[listener])

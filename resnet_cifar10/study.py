@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from .data import Split, hold_out
-from .errors import Interrupted, JobFailed
+from .errors import Interrupted, JobFailed, one_line
 from .evaluate import Forward, evaluate, predict
 from .files import read_json, validated, write_json
 from .finish import finish
@@ -72,11 +72,14 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
             later = sum(other.epochs * _relative_cost(other) for other in others)
             with locked(folder) if rank == 0 else nullcontext():
+                if from_first((folder / "result.json").exists()):  # by now
+                    continue
                 try:
                     run(setting, seed, read, folder, device, rank, framework, later)
-                except JobFailed as error:
-                    failed.append(str(error))
-                    print(f"failed: {error}", flush=True)
+                except (JobFailed, torch.OutOfMemoryError) as error:
+                    memory = f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps"
+                    failed.append(str(error) if isinstance(error, JobFailed) else memory)
+                    print(f"failed: {failed[-1]}", flush=True)
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
@@ -131,7 +134,10 @@ def run(
     precision, compiled = chosen.resolve(setting, device)
     if compiled and not has_compiler():
         compiled = False
-        print("no C++ compiler (g++) found: the training step is not compiled and runs slower", flush=True)
+        print(
+            "no C++ compiler with Python's headers (g++, python3-dev): the training step is not compiled, but slower",
+            flush=True,
+        )
     training, validation = split_data(setting, seed, read)
     try:
         initial_weights, teacher = _other_models(setting, seed, folder, training, read)
@@ -148,6 +154,7 @@ def run(
     }
     if teacher:
         facts["teacher_sha256"] = sha256(teacher[0].state_dict(), {})
+    facts = of_all(facts)
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0 and not (folder / "signals.json").exists():
         write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
@@ -192,6 +199,7 @@ def run(
         "mean": learner.mean,
         "std": learner.std,
         "data": training.source,
+        "training_sha256": training.sha256,
         "seed": seed,
         "setting": setting.model_dump(),
         "best_epoch": best_epoch,
@@ -335,11 +343,13 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
         raise ValueError(f"{where}: {error}") from None
     source, before = config["data"], config["setting"].get("validation_size")
     held_out = (source, config.get("seed"), before) == (training.source, seed, setting.validation_size)
-    same_pictures = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
-    if setting.validation_size and not read("val") and same_pictures and not held_out:
+    same_source = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
+    same_images = config.get("training_sha256", training.sha256) == training.sha256
+    if setting.validation_size and not read("val") and same_source and not (held_out and same_images):
+        other = "other images of " if held_out else ""
         raise ValueError(
-            f"{where}: {name} was trained on {source} with seed {config.get('seed')} and validation_size "
-            f"{before}; allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
+            f"{where}: {name} was trained on {other}{source} with seed {config.get('seed')} and validation_size {before}; "
+            f"allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
             "otherwise it may have learned from the validation images of this run"
         )
     return network, config
@@ -412,6 +422,23 @@ def from_first(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def of_all(facts: dict[str, Any]) -> dict[str, Any]:
+    """Join what the processes of a run compute with, which may differ in hardware alone.
+
+    Raises:
+        ValueError: Naming another difference.
+
+    """
+    if not dist.is_initialized():
+        return facts
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for key in ("torch", "code_sha256", "precision", "compiled"):
+        if len(found := sorted({str(each[key]) for each in everyone})) > 1:
+            raise ValueError(f"torchrun: found processes whose {key} is {' and '.join(found)}; allowed: one for all")
+    return facts | {key: " and ".join(sorted({each[key] for each in everyone})) for key in ("processor", "device")}
 
 
 def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_order: bool = True) -> None:

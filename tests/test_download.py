@@ -371,6 +371,8 @@ def test_a_folder_that_takes_no_file_is_named(serve: Callable[..., Mirror]) -> N
         "https:///a",
         "http://me:secret@host/a",
         "http://host/a b",
+        "http://host:99999999999999999999/a",
+        "http://[host/a",
         "http://host/ä",
         "http://host/\x1b[2J",
     ],

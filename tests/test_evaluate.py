@@ -151,7 +151,7 @@ def test_interval_equals_published_values(hits, n, low, high):
     assert mirrored == pytest.approx((100 - high, 100 - low), abs=0.005)
 
 
-@pytest.mark.parametrize("n", [1, 3, 10, 359, 10_000])
+@pytest.mark.parametrize("n", [1, 3, 7, 10, 359, 10_000])
 def test_interval_stays_between_0_and_100(n):
     assert ev.wilson_interval(0.0, n)[0] >= 0
     assert ev.wilson_interval(100.0, n)[1] <= 100

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from PIL import Image, ImageOps
 
 from resnet_cifar10.data import Split
 from resnet_cifar10.export import describe
+from resnet_cifar10.files import write
 from resnet_cifar10.finish import member_photos, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier, Prediction
 from resnet_cifar10.model import ResNet
@@ -113,6 +115,14 @@ def test_exif_orientation_makes_no_difference(photo: Image.Image, orientation: i
     assert np.abs(read.astype(int) - np.asarray(photo)).max() <= (3 if kind == "JPEG" else 0)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_exif_data_that_are_none_are_no_reason_to_refuse_a_photo(photo: Image.Image, kind: str) -> None:
+    whole = Image.Exif()
+    whole[0x0112], whole[0x9202] = 6, float("nan")  # the orientation and an aperture that nobody can write anew
+    for exif, shape in ((b"Exif\0\0garbage garbage", (120, 160, 3)), (whole.tobytes(), (160, 120, 3))):
+        assert np.asarray(read_photo(saved(photo, kind, exif=exif, dpi=(72, 72)))).shape == shape
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_lossless_formats_give_the_same_pixels(photo: Image.Image, kind: str) -> None:
     assert np.array_equal(read_photo(saved(photo, kind, **({"lossless": True} if kind == "WEBP" else {}))), photo)
@@ -146,6 +156,13 @@ def test_sixteen_bits_are_scaled_to_eight(photo: Image.Image) -> None:
     assert np.array_equal(read_photo(sixteen_bit_png(grey[..., None])), np.repeat(grey[..., None], 3, 2))
     tiff = saved(Image.fromarray(grey.astype(np.uint16) * 257), "TIFF")
     assert np.array_equal(read_photo(tiff), np.repeat(grey[..., None], 3, 2))
+    zero_is_white = saved(Image.fromarray((255 - grey).astype(np.uint16) * 257), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(read_photo(zero_is_white), np.repeat(grey[..., None], 3, 2))
+    entries = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}  # two pixels of 12 bits, in three bytes
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    twelve = b"II*\0" + struct.pack("<I", 12) + bytes(4) + struct.pack("<H", len(entries)) + directory + bytes(4)
+    with pytest.raises(ValueError, match="12 bits; allowed: 8 and 16"):
+        read_photo(io.BytesIO(twelve))
     for other in (np.int32, np.float32):  # no way to know what is white
         with pytest.raises(ValueError, match="32 bits; allowed: 8 and 16"):
             read_photo(saved(Image.fromarray(grey.astype(other)), "TIFF"))
@@ -245,9 +262,12 @@ def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
         assert np.abs(probabilities - expected[:n]).max() < 1e-5
 
 
-def test_weights_that_are_no_numbers_are_not_exported(tmp_path: Path) -> None:
+def test_what_is_no_number_is_not_exported(tmp_path: Path) -> None:
     network = ResNet(8, 3)
     network.linear.weight.data[0, 0] = torch.nan
+    for key, value in (("contrast_mean", [None] * 32), ("class_directions", [[0.0] * 64])):
+        save_model(tmp_path, ResNet(8, 3), CONFIG | {key: value})
+        assert f"key '{key}': found" in run("export", tmp_path, "--out", tmp_path / "a.onnx", status=2).err
     save_model(tmp_path, network, CONFIG)
     assert "differ by nan" in run("export", tmp_path, "--out", tmp_path / "a.onnx", status=1).err
     assert not (tmp_path / "a.onnx").exists()
@@ -295,6 +315,11 @@ def test_a_picture_of_too_many_scans_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("resnet_cifar10.photo.MAX_SCANNED_PIXELS", 64 * 64)  # one scan; this one has more
     with pytest.raises(ValueError, match="more scans than any camera writes"):
         read_photo(file)
+
+
+def test_what_stands_behind_a_picture_is_none_of_its_scans(photo: Image.Image) -> None:
+    film = b"\xff\xda" * 1_000_000
+    assert read_photo(io.BytesIO(encoded(photo, "JPEG", progressive=True) + film)).size == photo.size
 
 
 @pytest.mark.parametrize(
@@ -393,6 +418,28 @@ def test_a_pipe_among_photos_is_not_waited_for(model: Path, photo: Image.Image, 
     photo.save(tmp_path / "b.png")
     status, output, _ = cli("infer", tmp_path, "--model", model)
     assert (status, output.count("\n")) == (0, 1)
+
+
+def test_a_name_that_no_disk_takes_or_no_terminal_shows_costs_no_other_photo(
+    model: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "写真.png")
+    command = [sys.executable, "-m", "resnet_cifar10", "infer", "x" * 300, "写真.png", "a.png", "--model", str(model)]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.findall(r"^(\S+): ", done.stdout, re.M) == ["\\u5199\\u771f.png", "a.png"]
+
+
+def test_a_device_is_not_replaced_by_a_file(model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: is a device or a pipe; allowed: a file"):
+        write(tmp_path / "pipe", b"content")
+    assert (tmp_path / "pipe").is_fifo()
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(ValueError, match="File name too long"):
+        write(tmp_path / ("x" * 300), b"content")
 
 
 @pytest.mark.parametrize("arguments", [("infer", ""), ("infer", "a.png", "--figure="), ("train", "a.toml", "--out=", "--ray=")])

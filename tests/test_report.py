@@ -677,6 +677,14 @@ def edit(file: Path, old: str, new: str, count: int = -1) -> None:
             lambda study: edit(study / RUN / "result.json", '"recall"', '"recalled"', 1),
             "result.json: damaged: key 'validation.per_class.airplane.recall' is missing",
         ),
+        (
+            lambda study: edit(study / RUN / "result.json", '"confusion": [', '"confusion": [[1],', 1),
+            "result.json: damaged: key 'confusion': not as many rows and columns as classes",
+        ),
+        (
+            lambda study: edit(study / RUN / "result.json", '"confusion"', '"mistakes": [1], "confusion"', 1),
+            "result.json: damaged: key 'validation.mistakes.0'",
+        ),
         (lambda study: without(study / RUN / "environment.json", "data"), "environment.json: damaged: key 'data'"),
         (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
         (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
@@ -801,7 +809,10 @@ def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Pat
     for seed, epochs in enumerate((6, 5)):
         write_run(tmp_path / "study", ONE, seed, 90.0, epochs=epochs)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "3 epochs without a better validation accuracy end a run (seed 1 after epoch 5)" in text
+    assert (
+        "3 epochs without a better validation accuracy (or an equal one and a lower loss) end a run (seed 1 after epoch 5)"
+        in text
+    )
 
 
 def test_what_stands_behind_table_and_runs_is_told(out: Path) -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from resnet_cifar10.storage import save_model
 from torture.inputs import png
 from torture.web import form, running
 
-STRICT = {"SECONDS": 3, "UPLOAD_BYTES": 1_000_000, "IN_FLIGHT": 4, "FILES": 3}
+STRICT = {"SECONDS": 3, "UPLOAD_BYTES": 1_000_000, "IN_FLIGHT": 4, "FILES": 3, "CONNECTIONS": 40}
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 PHOTO = encoded(PIXELS, "PNG")
 RAW = "application/octet-stream"
@@ -145,6 +145,7 @@ def test_which_model_and_how_good(port: int) -> None:
         (b'--limit\r\nContent-Disposition: form-data; name="f"\r\n\r\nwords\r\n--limit--\r\n', form()[1], 422, "no file"),
         (form(("a.png", PHOTO))[0], "multipart/form-data", 400, "boundary"),
         (b"no form at all", form()[1], 400, ""),
+        (form(("a.png", PHOTO))[0], f"{form()[1]}; charset=undefined", 400, "charset"),
         (form(("a.png", PHOTO))[0][:-500], form()[1], 422, "no file"),
         (*form(*[("a.png", PHOTO)] * 21), 400, "20"),
     ],
@@ -211,6 +212,41 @@ def test_a_lying_content_length_harms_nobody(strict: int) -> None:
     assert re.findall(rb"HTTP/1.1 (\d+) ", more_than_said) == [b"422", b"400"]
     for nonsense in ("-1", "1e3", "99999999999999999999999", "5, 6"):
         assert raw_request(strict, b"hello", nonsense).startswith(b"HTTP/1.1 400 ")
+    good(strict)
+
+
+def test_what_follows_an_early_answer_ends_the_connection_without_a_traceback(strict: int) -> None:
+    head = f"POST /api/classify HTTP/1.1\r\nHost: localhost:{strict}\r\nContent-Type: text/plain\r\n"
+    with socket.create_connection(("127.0.0.1", strict), timeout=60) as connection:
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 415 ")
+        connection.sendall(b"zz\r\n")  # no chunk
+        with suppress(ConnectionResetError):
+            while connection.recv(65_536):
+                pass
+    good(strict)
+
+
+def test_connections_that_ask_for_nothing_are_closed_and_too_many_at_once(strict: int) -> None:
+    def closed(connection: socket.socket, within: float) -> bool:
+        connection.settimeout(within)
+        try:
+            return connection.recv(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+    started = time.monotonic()
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", strict))) for _ in range(50)]
+        for connection in connections:
+            with suppress(ConnectionError):
+                connection.sendall(b"GET /healthz HT")
+        assert all(closed(connection, 60) for connection in connections[40:])
+        if time.monotonic() - started < 2:
+            assert not any(closed(connection, 0.001) for connection in connections[:10])
+        assert all(closed(connection, 60) for connection in connections)
     good(strict)
 
 
@@ -373,7 +409,26 @@ def test_ctrl_c_ends_the_server_without_a_word(model: Path) -> None:
         found = re.search(r":(\d+) ", process.stdout.readline())
         assert found
         good(int(found[1]))
-        process.send_signal(signal.SIGINT)
+        with socket.create_connection(("127.0.0.1", int(found[1]))) as connection:  # a photo is still on its way
+            connection.sendall(
+                f"POST /api/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(PHOTO)}\r\n\r\n".encode()
+            )
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_ctrl_c_in_a_terminal_reaches_no_worker_that_is_still_starting(model: Path, delay: float) -> None:
+    command = [sys.executable, "-m", "resnet_cifar10", "serve", "--model", str(model), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
         assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == 0
 
@@ -445,6 +500,8 @@ def test_a_chosen_photo_is_answered_and_explained(browser: Any, port: int) -> No
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_a_photo_can_be_dropped_and_pasted(browser: Any, port: int, kind: str) -> None:
+    empty = """kind => document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: new DataTransfer(),
+        bubbles: true }) : new ClipboardEvent(kind, { clipboardData: new DataTransfer(), bubbles: true }))"""
     give = """([kind, bytes]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], "given.png", { type: "image/png" }));
@@ -452,8 +509,11 @@ def test_a_photo_can_be_dropped_and_pasted(browser: Any, port: int, kind: str) -
             : new ClipboardEvent(kind, { clipboardData: data, bubbles: true }));
     }"""
     with opened(browser, port) as page:
+        page.evaluate(empty, kind)
+        page.locator("#note", has_text="That was no file" if kind == "drop" else "holds no picture").wait_for()
         page.evaluate(give, [kind, list(PHOTO)])
         (card,) = cards(page, 1)
+        assert not page.locator("#note").is_visible()
         assert "given.png" in card
         assert "%" in card
 

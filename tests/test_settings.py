@@ -329,6 +329,7 @@ def test_learning_rate_at_known_points(row, rates):
         ({"lr_decay": "none", "patience": 60, "warmup": 0.5}, 160),
         ({"lr_decay": "step", "patience": 10}, 160),
         ({"lr_decay": "step", "patience": 10, "lr_milestones": [0.2]}, 50),
+        ({"lr_decay": "step", "patience": 10, "lr_milestones": [0.55]}, 120),  # 0.55 * 200 is a little above 110
         ({"lr_decay": "step", "patience": 60}, None),
         ({"lr_decay": "none"}, None),
     ],

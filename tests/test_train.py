@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.evaluate import fit_temperature
 from resnet_cifar10.export import describe
 from resnet_cifar10.files import write_json
+from resnet_cifar10.machine import has_compiler
 from resnet_cifar10.model import ResNet
 from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
@@ -99,6 +102,63 @@ def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_m
     assert json.loads((folder / "environment.json").read_text())["not_bit_exact"].endswith(f"with a change of {key}")
 
 
+def test_a_run_that_another_command_ends_in_the_meantime_is_left_alone(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unfinished(tmp_path, undisturbed)
+    before = contents(folder)
+
+    @contextmanager
+    def locked_at_last(folder: Path) -> Iterator[None]:
+        shutil.copy(undisturbed / "result.json", folder)
+        yield
+
+    monkeypatch.setattr(study, "locked", locked_at_last)
+    run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
+    assert contents(folder) == before | contents(undisturbed)
+
+
+def test_too_little_memory_of_a_gpu_fails_one_run_and_not_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_or_fail(setting: Setting, *arguments: object) -> None:
+        if setting.name == "Small":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        ended.append(setting.name)
+
+    ended: list[str] = []
+    monkeypatch.setattr(study, "run", run_or_fail)
+    file = table(tmp_path)
+    file.write_text(file.read_text() + file.read_text().replace("Small", "More"))
+    failed = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=1)
+    assert "1 of 2 runs failed: Small, seed 0: CUDA out of memory. Tried to allocate 2 GiB.; a smaller batch_size" in failed.err
+    assert ended == ["More"]
+
+
+def test_processes_of_one_run_may_differ_in_hardware_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"torch": "2.13", "code_sha256": "a", "precision": "float32", "compiled": False, "processor": "B", "device": "cpu"}
+    theirs = ours | {"processor": "A"}
+    assert study.of_all(ours) == ours  # alone
+    monkeypatch.setattr(study.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(study.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(study.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine, theirs]))
+    assert study.of_all(ours) == ours | {"processor": "A and B"}
+    with pytest.raises(ValueError, match="processes whose precision is bfloat16 and float32; allowed: one for all"):
+        study.of_all(ours | {"precision": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("compiler", "headers", "found"),
+    [("/not/there", True, False), (sys.executable, False, False), (sys.executable, True, True)],
+)
+def test_compiling_takes_a_compiler_and_the_headers_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, headers: bool, found: bool
+) -> None:
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert has_compiler() == found
+
+
 def test_what_is_done_is_skipped_and_another_study_is_refused(tmp_path: Path, undisturbed: Path) -> None:
     out, before = undisturbed.parents[1], contents(undisturbed)
     assert "is done" in run("train", table(tmp_path), "--data", "digits", "--out", out).out
@@ -155,6 +215,9 @@ def test_a_network_that_has_learned_from_images_in_another_form_is_not_validated
     with pytest.raises(ValueError, match=r"trained on CIFAR-10 \(JPEG quality 75 copy\) with seed 0 .* it may have learned"):
         claim([(row, 0, tmp_path / "originals")], lambda part: originals if part == "train" else None)
     claim([(row, 0, tmp_path / "the same")], lambda part: copy if part == "train" else None)
+    more = replace(images(80), source=copy.source)  # the folder has grown: other images are held out
+    with pytest.raises(ValueError, match=r"trained on other images of CIFAR-10 .* it may have learned"):
+        claim([(row, 0, tmp_path / "grown")], lambda part: more if part == "train" else None)
 
 
 def test_a_run_goes_on_without_the_model_that_it_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
