@@ -157,11 +157,12 @@ def infer(
             print(printable(f"{name}: {prediction}"), flush=True)
         if figure or explain:
             from .explain import activation, heat_map
-            from .figure import figure as draw
-            from .figure import tile
 
             heat = heat_map(image, activation(classifier, image, prediction.label))
             if figure:
+                from .figure import figure as draw
+                from .figure import tile
+
                 pictures.append((printable(Path(name).name), tile(image.resize(heat.size)), tile(heat), prediction))
     if as_json:
         print(json.dumps(answers))

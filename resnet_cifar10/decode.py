@@ -66,7 +66,7 @@ def _pixels(item: bytes | Path, name: str) -> Pixels:
 
 def _quick(content: bytes) -> Pixels | None:
     """Decode a JPEG of 32x32 pixels as Pillow would, in a seventh of the time; None: something else, or damaged."""
-    if b"Exif" in content:  # which may ask to turn it
+    if b"\xff\xe1" in content:  # EXIF or XMP data, which may ask to turn it
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)

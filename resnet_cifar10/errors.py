@@ -19,15 +19,15 @@ class Interrupted(Exception):
 
 @contextmanager
 def without_ctrl_c() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach, unless they unblock it: early, it would end them with a traceback."""
+    """Start processes with Ctrl-C blocked, for it would end them with a traceback while Python starts; they may unblock it."""
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # for its own start unblocks it
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # whose own start would unblock it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def one_line(text: object) -> str:

@@ -84,7 +84,7 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         found = np.array(config.get(key) or [])
         if found.shape != wanted or found.dtype.kind not in "fi":
             raise ValueError(
-                f"{model}: config.json: key '{key}': found {found.dtype} of shape {found.shape}; allowed: {wanted}"
+                f"{model}: config.json: key '{key}': found {found.dtype} of shape {found.shape}; allowed: numbers of {wanted}"
             )
     deployed = _Deployed(network, config).eval()
     if images is None:

@@ -26,17 +26,18 @@ def write(path: Path, content: bytes | str) -> None:
         OSError: If anything else went wrong, such as a full disk.
 
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    real = Path(os.path.realpath(path))  # of a link, the file
+    temporary = real.with_name(f".{path.name}.tmp")
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # which a rename would put an end to
+        if real.exists() and not (real.is_file() or real.is_dir()):  # which a rename would put an end to
             raise ValueError(f"{path}: is a device or a pipe; allowed: a file, or a name that is free")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        os.replace(temporary, real)
+        folder = os.open(real.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

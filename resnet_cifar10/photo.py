@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import one_line
 from .infer import SIZE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
+MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
 TURNS = {  # that make a picture upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,12 +68,12 @@ def _scans(jpeg: Path | io.BytesIO) -> int:
     return scans
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Say how to turn a picture so that it is upright; None: it is, or its EXIF data are none."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data say, if there are any."""
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises many kinds on damaged bytes
-        return None
+        return image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
+    except Exception:  # none, or damaged ones, on which Pillow raises many kinds
+        return image
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -83,17 +83,16 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         ValueError: If it has values of 32 bits, whose scale is unknown, or of 12.
 
     """
-    bits, inverted = 16, False
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
-        inverted = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # 0 is white
-    if (turn := _turn(image)) is not None:
-        image = image.transpose(turn)
-    if image.mode in ("I", "F") or (image.mode.startswith("I;16") and bits != 16):
-        raise ValueError(f"a grey picture of {32 if image.mode in ('I', 'F') else bits} bits; allowed: 8 and 16 bits")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = 32 if image.mode in ("I", "F") else tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    image = _upright(image)
+    if image.mode[0] in "IF" and bits != 16:
+        raise ValueError(f"a grey picture of {bits} bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):
         values = np.asarray(image) / 257
-        image = Image.fromarray((255 - values if inverted else values).round().astype(np.uint8))
+        if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white
+            values = 255 - values
+        image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, NEUTRAL)

@@ -14,7 +14,7 @@ import re
 import signal
 import socket
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -264,7 +264,7 @@ def _in_url(address: str) -> str:
 
 
 class _Connection(H11Protocol):
-    """A connection that waits for the head of a request no longer than for the rest of it."""
+    """A connection that is given up where the head of the next request, or a reader of an answer, takes too long."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -273,17 +273,19 @@ class _Connection(H11Protocol):
             transport.abort()
 
     def on_response_complete(self) -> None:
+        self._wait()  # first, for the next request may have come already
         super().on_response_complete()
-        self._wait()
 
     def _wait(self) -> None:
         cycle = self.cycle
+        self._give_up_if(lambda: self.cycle is cycle)  # no other request has begun
 
-        def give_up() -> None:
-            if self.cycle is cycle and (cycle is None or cycle.response_complete):  # no other request has begun
-                self.transport.abort()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._give_up_if(lambda: self.flow.write_paused)
 
-        self.loop.call_later(SECONDS, give_up)
+    def _give_up_if(self, stuck: Callable[[], bool]) -> None:
+        self.loop.call_later(SECONDS, lambda: self.transport.abort() if stuck() else None)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -318,5 +320,14 @@ def serve(model: str, host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
-    options: dict[str, Any] = {"ws": "none", "log_level": "warning", "server_header": False, "timeout_graceful_shutdown": 3}
-    _Server(uvicorn.Config(app, host, http=_Connection, **options)).run(sockets=[listener])
+    config = uvicorn.Config(
+        app,
+        host,
+        http=_Connection,
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        backlog=100,  # connections that asyncio accepts at once
+        timeout_graceful_shutdown=3,
+    )
+    _Server(config).run(sockets=[listener])

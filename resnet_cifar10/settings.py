@@ -45,7 +45,7 @@ class Setting(BaseModel):
     lr_milestones: list[float] = Field([0.5, 0.75], min_length=1)  # "step": fractions of the run where lr falls
     lr_factor: float = Field(0.1, gt=0, lt=1)  # "step": what lr is multiplied by there
     warmup: float = Field(0.0, ge=0, lt=1)  # fraction of the run in which lr rises linearly from 0
-    patience: int | None = Field(None, ge=1, le=100_000)  # epochs without a better one (train.py), after the last decay
+    patience: int | None = Field(None, ge=1, le=100_000)  # epochs without a better one, after the last decay
     validation_size: int = Field(5_000, ge=0, le=10_000_000)  # training images held out, stratified
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile, where it is faster: not in float32 on a CPU

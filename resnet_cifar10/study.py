@@ -72,14 +72,19 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
             later = sum(other.epochs * _relative_cost(other) for other in others)
             with locked(folder) if rank == 0 else nullcontext():
-                if from_first((folder / "result.json").exists()):  # by now
+                if from_first((folder / "result.json").exists()):
+                    print(f"{setting.name}, seed {seed}: is done by now", flush=True)
                     continue
                 try:
                     run(setting, seed, read, folder, device, rank, framework, later)
-                except (JobFailed, torch.OutOfMemoryError) as error:
-                    memory = f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps"
-                    failed.append(str(error) if isinstance(error, JobFailed) else memory)
-                    print(f"failed: {failed[-1]}", flush=True)
+                    continue
+                except JobFailed as error:
+                    failed.append(str(error))
+                except torch.OutOfMemoryError as error:
+                    if dist.is_initialized():  # the others wait for this process in the middle of a step
+                        raise
+                    failed.append(f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps")
+                print(f"failed: {failed[-1]}", flush=True)
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
@@ -425,17 +430,17 @@ def from_first(value: Any) -> Any:
 
 
 def of_all(facts: dict[str, Any]) -> dict[str, Any]:
-    """Join what the processes of a run compute with, which may differ in hardware alone.
+    """Make sure that the processes of a run compute alike; join the names of their hardware.
 
     Raises:
-        ValueError: Naming another difference.
+        ValueError: Naming what differs.
 
     """
     if not dist.is_initialized():
         return facts
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
-    for key in ("torch", "code_sha256", "precision", "compiled"):
+    for key in ("torch", "code_sha256", "precision", "compiled", "training_sha256"):
         if len(found := sorted({str(each[key]) for each in everyone})) > 1:
             raise ValueError(f"torchrun: found processes whose {key} is {' and '.join(found)}; allowed: one for all")
     return facts | {key: " and ".join(sorted({each[key] for each in everyone})) for key in ("processor", "device")}

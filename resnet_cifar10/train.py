@@ -60,7 +60,7 @@ def learning_rate(setting: Setting, progress: float) -> float:
 
 
 def patience_ended(setting: Setting, epoch: int, best_epoch: int) -> bool:
-    """Say whether `patience` epochs brought no better one, counted after the last scheduled decay."""
+    """Say whether `patience` epochs brought no better one (accuracy, then loss), counted after the last scheduled decay."""
     last_decay = max([setting.warmup, *(setting.lr_milestones if setting.lr_decay == "step" else [])])
     since = max(best_epoch, math.ceil(round(last_decay * setting.epochs, 6)))  # 0.55 * 100 is above 55
     return setting.patience is not None and epoch - since >= setting.patience

@@ -320,8 +320,9 @@ def test_odd_jpegs_are_left_to_pillow_or_still_loaded(tmp_path):
     usual = encoded(TEST[0][0], "JPEG")
     lying = Image.Exif()
     lying[0x0112] = 3  # the orientation: upside down
-    turned, upright = (decode([encoded(TEST[0][0], "JPEG", **options)], "jpeg")[0] for options in ({"exif": lying}, {}))
-    assert np.array_equal(turned, upright[::-1, ::-1])
+    for options in ({"exif": lying}, {"xmp": b'<x tiff:Orientation="3"/>'}):
+        turned = decode([encoded(TEST[0][0], "JPEG", **options)], "jpeg")[0]
+        assert np.array_equal(turned, decode([usual], "jpeg")[0][::-1, ::-1])
     sampling = bytearray(usual)
     sampling[usual.index(b"\xff\xc0") + 11] = 0x14  # one that simplejpeg has no name for
     profile = usual[:2] + b"\xff\xe2\x00\x0eICC_PROFILE\0" + usual[2:]  # one that Pillow cannot open

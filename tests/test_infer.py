@@ -26,7 +26,7 @@ from resnet_cifar10.files import write
 from resnet_cifar10.finish import member_photos, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier, Prediction
 from resnet_cifar10.model import ResNet
-from resnet_cifar10.photo import encoded, read_photo, square, views
+from resnet_cifar10.photo import _scans, encoded, read_photo, square, views
 from resnet_cifar10.settings import Setting
 from resnet_cifar10.storage import load_model, save_model
 from resnet_cifar10.study import run as train_run
@@ -322,6 +322,14 @@ def test_what_stands_behind_a_picture_is_none_of_its_scans(photo: Image.Image) -
     assert read_photo(io.BytesIO(encoded(photo, "JPEG", progressive=True) + film)).size == photo.size
 
 
+def test_no_scan_is_hidden_in_what_a_decoder_skips(photo: Image.Image) -> None:
+    whole = encoded(photo, "JPEG", progressive=True, restart_marker_blocks=1)
+    start, restart = whole.index(b"\xff\xda"), whole.index(b"\xff\xd0")
+    hiding = whole[:restart] + b"\xff\x02\xff\xff" + whole[restart:]  # a marker that has no length, and what would be one
+    assert start < restart and np.array_equal(read_photo(io.BytesIO(hiding)), read_photo(io.BytesIO(whole)))
+    assert _scans(io.BytesIO(hiding)) == _scans(io.BytesIO(whole)) == 10
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -438,6 +446,10 @@ def test_a_device_is_not_replaced_by_a_file(model: Path, tmp_path: Path) -> None
         write(tmp_path / "pipe", b"content")
     assert (tmp_path / "pipe").is_fifo()
     assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"content"
     with pytest.raises(ValueError, match="File name too long"):
         write(tmp_path / ("x" * 300), b"content")
 

@@ -247,7 +247,25 @@ def test_connections_that_ask_for_nothing_are_closed_and_too_many_at_once(strict
         if time.monotonic() - started < 2:
             assert not any(closed(connection, 0.001) for connection in connections[:10])
         assert all(closed(connection, 60) for connection in connections)
+    with socket.create_connection(("127.0.0.1", strict), timeout=60) as connection:
+        connection.sendall(f"GET /healthz HTTP/1.1\r\nHost: localhost:{strict}\r\n\r\n".encode())
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(65_536)
+        connection.sendall(b"GET /healthz HT")
+        assert closed(connection, 60)
     good(strict)
+
+
+def test_a_client_that_reads_no_answer_is_given_up(strict: int) -> None:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", strict))
+        connection.settimeout(60)
+        with pytest.raises(ConnectionError):  # reset, while it still asks for the page
+            for _ in range(100_000):
+                connection.sendall(f"GET / HTTP/1.1\r\nHost: localhost:{strict}\r\n\r\n".encode())
+                time.sleep(0.01)
 
 
 def test_a_photo_that_takes_too_long_is_given_up(model: Path) -> None:

@@ -134,7 +134,8 @@ def test_too_little_memory_of_a_gpu_fails_one_run_and_not_the_table(tmp_path: Pa
 
 
 def test_processes_of_one_run_may_differ_in_hardware_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {"torch": "2.13", "code_sha256": "a", "precision": "float32", "compiled": False, "processor": "B", "device": "cpu"}
+    ours: dict[str, Any] = dict.fromkeys(("torch", "code_sha256", "training_sha256", "processor", "device"), "B")
+    ours |= {"precision": "float32", "compiled": False}
     theirs = ours | {"processor": "A"}
     assert study.of_all(ours) == ours  # alone
     monkeypatch.setattr(study.dist, "is_initialized", lambda: True)
