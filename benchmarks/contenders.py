@@ -116,7 +116,12 @@ def train(
 
 def ours(split: Split, depth: int, device: str, precision: str, compiled: bool, report: Report) -> None:
     """Train as the package does."""
-    train(split, depth, device, precision, compiled, 1000, lambda seconds: report(speed(split, depth, seconds)))
+
+    def after_epoch(seconds: float) -> None:
+        memory = {MEMORY: torch.cuda.max_memory_reserved() / 1e6} if device == "cuda" else {}
+        report(speed(split, depth, seconds) | memory)
+
+    train(split, depth, device, precision, compiled, 1000, after_epoch)
 
 
 def matrix_product(side: int, kinds: list[str], report: Report) -> None:

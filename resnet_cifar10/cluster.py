@@ -78,7 +78,8 @@ def study_on_ray(
             f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs",
             flush=True,
         )
-        task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)
+        # said here and not by .options(): only so has each run on a GPU a process of its own (Ray's issue 47767)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_task)
         tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
         failed = 0
         console = Console()

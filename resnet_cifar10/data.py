@@ -125,6 +125,7 @@ def batches(
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
     uniform = torch.rand(n, 17, generator=rng).to(device)  # of photo
+    noise_rng = rng if device.type == "cpu" else torch.Generator(device).manual_seed(rng.initial_seed())  # a copy would wait
     mixing = np.random.default_rng([seed, epoch])  # PyTorch draws Beta from its global generator only
 
     span = torch.arange(SIZE, device=device)
@@ -144,7 +145,7 @@ def batches(
         targets = one_hot[split.labels[i]]
         if "photo" in parts:
             half = images[::2]
-            noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=rng)[rank::processes].to(device)
+            noise = torch.randn(processes * len(half), 3, SIZE, SIZE, generator=noise_rng, device=device)[rank::processes]
             images[::2] = photo_like(half, uniform[start + rank :: processes][: len(half)], noise)
         if "mixup" in parts:  # with the same batch in reverse order
             share = mixing.beta(MIXUP_ALPHA, MIXUP_ALPHA)

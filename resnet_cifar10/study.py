@@ -104,10 +104,14 @@ def backend(framework: str) -> Any:
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
-    """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md)."""
+    """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md).
+
+    The compiler's language for GPUs, Triton, knows those of compute capability 7.0 and more.
+    """
     automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
     precision = automatic if setting.precision == "auto" else setting.precision
-    return precision, setting.compile and (device != "cpu" or precision == "bfloat16")
+    gains = precision == "bfloat16" if device == "cpu" else torch.cuda.get_device_capability() >= (7, 0)
+    return precision, setting.compile and gains
 
 
 def run(
@@ -409,7 +413,8 @@ def joined_processes(device: str) -> Iterator[int]:
         store, rank, size = next(rendezvous("env://"))
         if agent_store == "True":  # it outlives a restart, with the addresses of the dead
             store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        kind = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"  # gloo for objects: NCCL would spin while one works alone
+        dist.init_process_group(kind, store=store, rank=rank, world_size=size)
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if dist.get_rank() else nullcontext():
             yield dist.get_rank()
     except RuntimeError as error:

@@ -128,7 +128,8 @@ class Learner:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # on a CPU every operation used here is deterministic as it is
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
-            torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23
+            torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23,
+            torch.set_float32_matmul_precision("highest")  # and matrix products, where an environment variable says so
         dtype = torch.float64 if precision == "float64" else torch.float32
         model = initial_network(setting, seed, len(training.classes), initial_weights)
         self.model = model.to(device, dtype)
