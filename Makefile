@@ -34,6 +34,7 @@ bench-growth: .venv/ready  ## Time of an epoch against depth, batch size and num
 	$(BIN)/python benchmarks/growth.py
 
 .venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) '.[train,report,demo,serve]'
 	$(COMPILE)

@@ -89,7 +89,10 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
         "resnet-cifar10 infer photo.jpg": infer,
         "once started": partial(c.photo, photo, singles),
     }
-    readers = {"Pillow, one after another": partial(c.loading, data, True), "ours": partial(c.loading, data, False)}
+    readers = {
+        "our reader of photos (Pillow), one after another": partial(c.loading, data, True),
+        "ours": partial(c.loading, data, False),
+    }
     return [
         Group("start to first training step", 80, 1, starts),
         *(training(depth, device) for device in devices for depth in depths),

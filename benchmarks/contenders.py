@@ -55,6 +55,11 @@ def peak_memory(process: str = "self") -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
 
 
+def gpu_memory(device: str) -> Metrics:
+    """Read the peak of a GPU's memory that PyTorch took, in place of that of the process."""
+    return {MEMORY: torch.cuda.max_memory_reserved() / 1e6} if device == "cuda" else {}
+
+
 # --- training ---
 
 
@@ -92,7 +97,7 @@ def common_recipe(split: Split, depth: int, device: str, report: Report) -> None
             loss.backward()
             optimizer.step()
             total += loss.item()
-        report(speed(split, depth, time.perf_counter() - started))
+        report(speed(split, depth, time.perf_counter() - started) | gpu_memory(device))
 
 
 def train(
@@ -118,8 +123,7 @@ def ours(split: Split, depth: int, device: str, precision: str, compiled: bool, 
     """Train as the package does."""
 
     def after_epoch(seconds: float) -> None:
-        memory = {MEMORY: torch.cuda.max_memory_reserved() / 1e6} if device == "cuda" else {}
-        report(speed(split, depth, seconds) | memory)
+        report(speed(split, depth, seconds) | gpu_memory(device))
 
     train(split, depth, device, precision, compiled, 1000, after_epoch)
 
@@ -283,7 +287,7 @@ def evaluation(test: Split, report: Report) -> None:
 
 
 def loading(data: str, pillow: bool, report: Report) -> None:
-    """Read the training and the test images, in a program of its own; or with Pillow alone, one image after another."""
+    """Read training and test images in a program of its own; or one after another with our reader of photos, Pillow's."""
     program = f"""import time
 from resnet_cifar10 import decode
 from resnet_cifar10.sources import load

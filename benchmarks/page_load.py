@@ -49,10 +49,12 @@ def main() -> None:
         assert server.stdout
         port = int(re.search(r":(\d+) in", server.stdout.readline())[1])  # type: ignore[index]
         started = time.perf_counter()
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            times = np.concatenate(list(pool.map(lambda number: client(number, port, photo), range(CLIENTS))))
-        seconds, memory = time.perf_counter() - started, peak_memory(server.pid)
-        server.terminate()
+        try:
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                times = np.concatenate(list(pool.map(lambda number: client(number, port, photo), range(CLIENTS))))
+            seconds, memory = time.perf_counter() - started, peak_memory(server.pid)
+        finally:
+            server.terminate()
     p50, p99 = np.quantile(times, (0.5, 0.99))
     print(
         f"{len(times)} requests, {CLIENTS} clients, none lost: {seconds:.1f} s; p50 {p50:.2f} s, p99 {p99:.2f} s; "

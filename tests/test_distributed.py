@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -42,6 +44,7 @@ validation_size = 38  # leaves 400 images, 50 steps an epoch
 precision = "float64"
 compile = false
 """
+STARTED: list[Path] = []
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3"]
 
 
@@ -62,6 +65,7 @@ def start(out: Path, *launcher: str, table: str = TABLE, **environment: str) -> 
         images, labels = noise(count, 1)
         write_parquet(here / "data" / f"{part}.parquet", [encoded(image, "PNG") for image in images], labels)
     program, settings, data = (str(here / name) for name in ("program.py", "table.toml", "data"))
+    STARTED.append(out)
     return subprocess.Popen(
         [*launcher, program, "train", settings, "--data", data, "--out", str(out)],
         env=ENVIRONMENT | environment,
@@ -70,6 +74,17 @@ def start(out: Path, *launcher: str, table: str = TABLE, **environment: str) -> 
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """End what a test that failed has started: it would share the cores with the others."""
+    yield
+    while STARTED:
+        out = STARTED.pop()
+        for pid in processes_of(out):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[str], out: Path) -> Path:

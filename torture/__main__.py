@@ -13,6 +13,7 @@ import argparse
 import datetime
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,7 +91,7 @@ ROWS = [
     Row(
         "data",
         "data archives truncated, bit-flipped, bombs, links and `..` members, wrong labels, shapes, missing classes",
-        "clear error or right data; nothing written; memory bounded",
+        "clear error, or images with labels of its classes (damaged archives: the very data); nothing written; memory bounded",
         2000,
         inputs.data,
         batch=100,
@@ -108,7 +109,7 @@ ROWS = [
     Row(
         "model",
         "safetensors and ONNX model folders mutated",
-        "clear error or equal model",
+        "clear error or equal model (`config.json`: no crash)",
         2000,
         inputs.models,
         batch=100,
@@ -152,6 +153,9 @@ def main() -> int:
         training.GROUND.build()
         return _torture(work, options) or (_broken(work, options.seed) if options.broken else 0)
     finally:
+        for place in work.glob("*/*"):
+            if place.is_mount():  # of a trial that was killed
+                subprocess.run(["umount", "-l", place], check=False)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -184,6 +188,8 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
         if outcomes[-1].stopped:
             break
     print(report)
+    if outcomes[-1].stopped:
+        return 130
     return int(any(outcome.failures for outcome in outcomes))
 
 
@@ -224,7 +230,7 @@ Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: sca
 
 {chr(10).join(rows)}
 
-{"Failures:" if failures else "No failures."}
+{"Failures:" if failures else "Stopped before the last row." if outcomes[-1].stopped else "No failures."}
 {"".join(chr(10) + failure for failure in failures)}
 - The training that is killed: ResNet-8, {training.TRAIN_IMAGES} images of handwritten digits, {training.EPOCHS} epochs,
   {first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the

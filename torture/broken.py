@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +14,7 @@ import safetensors
 import torch
 from PIL import Image
 
-from resnet_cifar10 import cli, files, infer, photo, run_folder, sources, storage, train
+from resnet_cifar10 import cli, files, infer, photo, run_folder, sources, storage, study, train
 from resnet_cifar10.data import Split
 from resnet_cifar10.settings import Setting
 
@@ -81,9 +81,15 @@ def _bomb(rng: Any, folder: Path) -> tuple[Path, bool]:
 
 
 BROKEN: dict[str, list[tuple[str, AbstractContextManager[Any]]]] = {  # each can be put in once
-    "kill": [("a resume that forgets the optimizer's state", patch.object(train.Learner, "restore", _forgetful))],
+    "kill": [
+        ("a resume that forgets the optimizer's state", patch.object(train.Learner, "restore", _forgetful)),
+        ("a resume that begins anew", _instead(run_folder.load_checkpoint, lambda folder: (None, ""))),
+    ],
     "write": [("a writer without rename", _instead(files.write, _write_in_place))],
-    "signal": [("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1)))],
+    "signal": [
+        ("always exit status 1", _instead(cli._fail, lambda message, status: _FAIL(message, 1))),
+        ("signals are left alone", _instead(study.stop_requests, lambda: nullcontext([]))),
+    ],
     "checkpoint": [("a checkpoint loader that does not verify", _instead(storage.read_tensors, _unverified))],
     "full": [("a writer without rename", _instead(files.write, _write_in_place))],
     "read-only": [("no check of the right to write", _instead(run_folder.check_room, lambda folder, parameters: None))],

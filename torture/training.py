@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,10 @@ class Ground:
         return Command(log, "train", table or self.table, "--data", self.data, "--out", out, prepare=everything)
 
     def finish(self, out: Path, *words: str, real_export: bool = False) -> Ended:
-        """Run the same command again, to its end: it must bring the same bytes, and say aloud just what it should."""
+        """Run the same command again: it must go on, bring the same bytes, and say aloud just what it should."""
+        run = out / "small/seed-0"
+        epochs = kept(run)
+        before = run_folder.read_metrics(run)[:epochs] if epochs else []
         ended = self.train(out, real_export=real_export).end(HANG_SECONDS * (3 if real_export else 1))  # a busy machine
         expect(ended.status == 0, f"it does not go on: exit status {ended.status}: {ended.err[-3000:]}")
         for word in words:
@@ -103,6 +106,7 @@ class Ground:
         expect(words or "damaged" not in ended.out, f"a kill has damaged a file: {ended.out[-3000:]}")
         expect("not bit-exact" not in ended.out and "with a change of" not in ended.out, ended.out[-3000:])
         self.same(out)
+        expect(run_folder.read_metrics(run)[:epochs] == before, f"{epochs} epochs were kept, and done again")  # the times tell
         return ended
 
     def same(self, out: Path) -> None:
@@ -111,9 +115,10 @@ class Ground:
         differ = [name for name in sorted(found.keys() | self.contents.keys()) if found.get(name) != self.contents.get(name)]
         expect(not differ, f"differs from the undisturbed run: {', '.join(differ)}")
 
-    def whole(self, out: Path) -> None:
-        """Expect that of an interrupted run no file is half-written."""
+    def whole(self, out: Path, ended: Ended) -> None:
+        """Expect that of an interrupted run no file is half-written, and no epoch lost that it has told of."""
         folder = out / "small/seed-0"
+        expect(kept(folder) >= ended.out.count(": epoch "), "an epoch that was told is lost")
         for file in (file for file in folder.rglob("*") if file.is_file() and file.name[0] != "."):
             if file.suffix == ".safetensors":
                 storage.read_tensors(file)
@@ -129,6 +134,14 @@ class Ground:
         """Lay down the run as it was when it was killed right after an epoch; return the run folder."""
         shutil.copytree(self.folder / f"epoch-{epoch}", out)
         return out / "small/seed-0"
+
+
+def kept(run: Path) -> int:
+    """Return the epoch of the newest undamaged checkpoint of a run folder, 0 without one."""
+    for name in (run_folder.LAST, run_folder.PREVIOUS):
+        with contextlib.suppress(ValueError):
+            return int(storage.read_tensors(run / name)[1]["epoch"])
+    return 0
 
 
 LOGS = itertools.count()
@@ -185,10 +198,11 @@ def killed_anywhere(rng: random.Random, count: int, folder: Path) -> Iterator[No
             command = GROUND.train(out, real_export=real)
             time.sleep(rng.uniform(0, GROUND.whole_seconds if real else GROUND.seconds))
             command.signal(signal.SIGKILL)
-            if command.end().status == -signal.SIGKILL:
+            if (ended := command.end()).status == -signal.SIGKILL:
                 break
+            expect(ended.status == 0, f"it has failed by itself: {ended.err}")
             shutil.rmtree(out)  # it was done before: another moment
-        GROUND.whole(out)
+        GROUND.whole(out, ended)
         GROUND.finish(out, real_export=real)
         yield
 
@@ -257,7 +271,7 @@ def killed_in_a_write(rng: random.Random, count: int, folder: Path) -> Iterator[
             shutil.rmtree(out)
         expect(ended.status == -signal.SIGKILL, ended.err)
         try:
-            GROUND.whole(out)
+            GROUND.whole(out, ended)
             GROUND.finish(out)
         except (Failed, ValueError) as failure:
             raise Failed(f"killed {point}, time {times}: {failure}") from None
@@ -278,9 +292,10 @@ def interrupted(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
             if (ended := command.end()).status != 0:
                 break
             shutil.rmtree(out, ignore_errors=True)
-        if ended.status != -signal.SIGTERM:  # outside the epochs SIGTERM ends a process as it always does
+        inside = ": epoch 1/" in ended.out and f": epoch {EPOCHS}/" not in ended.out
+        if inside or ended.status != -signal.SIGTERM:  # outside the epochs SIGTERM ends a process as it always does
             ended.refused(128 + number, "stopped")
-        GROUND.whole(out)
+        GROUND.whole(out, ended)
         GROUND.finish(out)
         yield
 
@@ -323,7 +338,7 @@ def damaged_checkpoint(rng: random.Random, count: int, folder: Path) -> Iterator
 # --- no room, no right ---
 
 
-@contextmanager
+@contextlib.contextmanager
 def _mounted(folder: Path) -> Iterator[Path]:
     folder.mkdir()
     if subprocess.run(
@@ -358,7 +373,7 @@ def disk_full(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
                     break
                 shutil.rmtree(disk / "out")
             ended.refused(2 if "allowed" in ended.err else 1, str(disk))
-            GROUND.whole(disk / "out")
+            GROUND.whole(disk / "out", ended)
             GROUND.finish(disk / "out")
         yield
 
@@ -463,6 +478,10 @@ CANNOT_GO_ON: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
+def _bytes(run: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
 def cannot_go_on(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
     """What must stop with its reason, and change nothing."""
     wild = folder / "wild.toml"
@@ -474,14 +493,10 @@ def cannot_go_on(rng: random.Random, count: int, folder: Path) -> Iterator[None]
         out = folder / f"{number}"
         run = GROUND.after_epoch(2, out)
         change(run)
-        before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        before = _bytes(run)
         try:
             GROUND.train(out).end().refused(2, *words)
-            expect(
-                {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}.items()
-                <= before.items(),
-                "it was changed",
-            )
+            expect(_bytes(run) == before, "it was changed")
         except Failed as failure:
             raise Failed(f"{name}: {failure}") from None
         yield

@@ -195,4 +195,6 @@ def requests(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
             )
             for _ in batch:
                 done += 1
-                yield
+                if done < count:
+                    yield
+    yield  # the last one once the server has ended without a traceback
