@@ -154,7 +154,7 @@ def infer(
         prediction = classifier.classify(views(image))
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(printable(f"{name}: {prediction}"), flush=True)
+            print(printable(f"{name}: {prediction}"))
         if figure or explain:
             from .explain import activation, heat_map
 
@@ -299,7 +299,8 @@ def main() -> None:
     if sys.stderr is None:  # closed by the shell, as in "2>&-": print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that this terminal cannot show is no reason to stop
+        # a name that this terminal cannot show is no reason to stop; in a pipe too each line comes at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     if any(not argument or re.fullmatch("--[a-z-]+=", argument) for argument in sys.argv):

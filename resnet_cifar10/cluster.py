@@ -68,16 +68,13 @@ def study_on_ray(
             )
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
-        print(f"reading {data}", flush=True)
+        print(f"reading {data}")
         claim(runs, partial(_load, data), in_order=False)
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
         for *_, folder in todo:
             with locked(folder):  # an error where somebody else works on it
                 pass
-        print(
-            f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs",
-            flush=True,
-        )
+        print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs")
         # said here and not by .options(): only so has each run on a GPU a process of its own (Ray's issue 47767)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_task)
         tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
@@ -96,13 +93,13 @@ def study_on_ray(
                         failed += 1
                         cause = getattr(error, "cause", error)  # of a bug we show where it is
                         how = f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
-                    print(f"{setting.name}, seed {seed}: {how}", flush=True)
+                    print(f"{setting.name}, seed {seed}: {how}")
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:
                     live.update(Group(table, summary), refresh=True)
                 elif time.monotonic() - said > LINE_SECONDS:
                     said = time.monotonic()
-                    print(f"{len(runs) - len(tasks)} of {len(runs)} runs have ended; {summary}", flush=True)
+                    print(f"{len(runs) - len(tasks)} of {len(runs)} runs have ended; {summary}")
     if received:
         raise Interrupted(received[0])
     if failed:

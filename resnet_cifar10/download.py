@@ -71,9 +71,9 @@ def download(folder: Path, url: str | None = None) -> Path:
             with open(archive, "rb") as file:
                 found = _md5(file)
             if found == MD5:
-                print(f"{archive}: already there, and its checksum is right", flush=True)
+                print(f"{archive}: already there, and its checksum is right")
                 return archive
-            print(f"{archive}: found md5 {found}, expected {MD5}; downloading it anew", flush=True)
+            print(f"{archive}: found md5 {found}, expected {MD5}; downloading it anew")
         with open(f"{archive}.part", "ab+") as part:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _complete(part, MIRRORS if url is None else [url])
@@ -124,7 +124,7 @@ def _complete(part: BufferedRandom, mirrors: Sequence[str]) -> None:
                 tries = [other for other in tries if other != mirror] if isinstance(error, _Useless) else tries
                 why = f"{mirror}: {error}"
             if tries:
-                print(f"{why}; {'trying again' if tries[0] == mirror else 'trying the next mirror'}", flush=True)
+                print(f"{why}; {'trying again' if tries[0] == mirror else 'trying the next mirror'}")
                 time.sleep(PAUSE_SECONDS)
     if not part.tell():
         os.unlink(part.name)
@@ -193,8 +193,7 @@ def _progress(have: int) -> Iterator[Callable[[int], None]]:
             if due and not terminal and task.speed:
                 print(
                     f"{have / 1e6:.1f} of {SIZE_BYTES / 1e6:.1f} MB ({task.percentage:.0f} %), {task.speed / 1e6:.2f} MB/s, "
-                    f"{timedelta(seconds=task.time_remaining or 0)} left",
-                    flush=True,
+                    f"{timedelta(seconds=task.time_remaining or 0)} left"
                 )
                 said_percent, said_at = task.percentage, time.monotonic()
 

@@ -10,22 +10,6 @@ import numpy as np
 
 from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, signed, spread, welch
 
-COLUMNS = (
-    "Model",
-    "Batch size",
-    "Activation function",
-    "Weight initialization",
-    "Optimizer",
-    "lr",
-    "Epoch",
-    "Normalization",
-    "Weight decay",
-    "Data augmentation",
-    "lr decay",
-    "Training time (m)",
-    "Early stopping epoch",
-    "Accuracy",
-)
 COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
 WORDS = {
     "relu": "ReLU",
@@ -83,8 +67,8 @@ def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> li
     return lines
 
 
-def cells(row: Row) -> list[str]:
-    """Fill the 14 columns."""
+def cells(row: Row) -> dict[str, str]:
+    """Fill the 14 columns of the table."""
     s, tests, minutes = row.setting, row.accuracies("test"), [run.result["train_minutes"] for run in row.done]
     model = s.model.replace("resnet", "ResNet" if s.shortcut == "identity" else "Plain")
     model += f", width {s.width}" if s.width != 16 else ""
@@ -96,22 +80,22 @@ def cells(row: Row) -> list[str]:
         for run in row.runs
         if not run.result
     ]
-    return [
-        model + (" (pre-activation)" if s.block == "pre" else ""),
-        str(s.batch_size),
-        WORDS[s.activation],
-        "Pretrained" if s.start_from else WORDS[s.weight_init],
-        WORDS.get(s.optimizer, sgd),
-        f"{s.lr:g}",
-        str(s.epochs),
-        WORDS[s.normalization],
-        "O" if s.weight_decay else "X",
-        "X" if s.augmentation == "none" else "O",
-        "X" if s.lr_decay == "none" else "O",
-        span(minutes, ".1f") or "–",
-        span(run.result["best_epoch"] for run in row.done) or "–",
-        "\n".join(accuracy),
-    ]
+    return {
+        "Model": model + (" (pre-activation)" if s.block == "pre" else ""),
+        "Batch size": str(s.batch_size),
+        "Activation function": WORDS[s.activation],
+        "Weight initialization": "Pretrained" if s.start_from else WORDS[s.weight_init],
+        "Optimizer": WORDS.get(s.optimizer, sgd),
+        "lr": f"{s.lr:g}",
+        "Epoch": str(s.epochs),
+        "Normalization": WORDS[s.normalization],
+        "Weight decay": "O" if s.weight_decay else "X",
+        "Data augmentation": "X" if s.augmentation == "none" else "O",
+        "lr decay": "X" if s.lr_decay == "none" else "O",
+        "Training time (m)": span(minutes, ".1f") or "–",
+        "Early stopping epoch": span(run.result["best_epoch"] for run in row.done) or "–",
+        "Accuracy": "\n".join(accuracy),
+    }
 
 
 def meaning(row: Row) -> dict[str, str]:
@@ -216,13 +200,8 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
     tested, validated = ([row for row in rows if row.accuracies(split)] for split in ("test", "validation"))
     highest = max(tested, key=lambda row: (float(np.mean(row.accuracies("test"))), row is best), default=best)
     if best and highest and highest is not best:
-        found.append(
-            (
-                "Chosen by validation",
-                f"{highest.name} has the highest test accuracy, but the choice is made by "
-                "validation accuracy, so that the test images stay unseen until the end.",
-            )
-        )
+        why = "the choice is made by validation accuracy, so that the test images stay unseen until the end"
+        found.append(("Chosen by validation", f"{highest.name} has the highest test accuracy, but {why}."))
     for row in validated:
         kept = [run.metrics[run.result["best_epoch"] - 1] for run in row.done]
         train, seen = (float(np.mean([epoch[f"{part}_accuracy"] for epoch in kept])) for part in ("train", "validation"))
@@ -234,14 +213,12 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         those = "" if all(augmented) else " where a setting has augmentation"
         changed = f", on augmented images{those}; on the same images unaltered it is usually higher, and so is the gap"
         changed = changed if any(augmented) else ""
-        found.append(
-            (
-                "Overfitting",
-                "A network usually does better on the images that it has learned from. Training against "
-                f"validation accuracy at the kept epoch, both as measured while training{'; least and most' if many else ''}: "
-                f"{shown}. Training accuracy is counted during the epoch, while the network still learns{changed}.",
-            )
+        text = (
+            "A network usually does better on the images that it has learned from. Training against validation accuracy at the "
+            f"kept epoch, both as measured while training{'; least and most' if many else ''}: {shown}. Training accuracy is "
+            f"counted during the epoch, while the network still learns{changed}."
         )
+        found.append(("Overfitting", text))
     return found
 
 

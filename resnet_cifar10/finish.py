@@ -68,20 +68,14 @@ def finish(
     for part, split in splits.items():
         metrics[part] = evaluate(logits[part], split.labels, split.classes, temperature)
         metrics[part]["mistakes"] = mistakes(logits[part] / temperature, split)
-        print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images", flush=True)
+        print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images")
+    described = {"class_directions": F.normalize(class_means), "contrast_mean": contrast_mean, "contrast_std": contrast_std}
     config = config | {
         "classes": list(validation.classes),
         "input_size": SIZE,
         "temperature": temperature,
         "rejection_threshold": NEVER,
-        **{
-            key: np.round(numbers.double().numpy(), 6).tolist()
-            for key, numbers in (
-                ("class_directions", F.normalize(class_means)),
-                ("contrast_mean", contrast_mean),
-                ("contrast_std", contrast_std),
-            )
-        },
+        **{key: np.round(numbers.double().numpy(), 6).tolist() for key, numbers in described.items()},
         "accuracy": {
             part: values and {key: values[key] for key in ("accuracy", "n", "interval_95")} for part, values in metrics.items()
         },
@@ -99,19 +93,16 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
     """Show the dozen images that were most confidently taken for another class, each as a PNG in base64."""
     probability, predicted = logits.softmax(1).max(1)
     wrong = (predicted != split.labels).nonzero().flatten()
-    shown = []
-    for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist():
-        png = encoded(Image.fromarray(split.images[index].numpy()), "PNG")
-        shown.append(
-            {
-                "index": index,
-                "label": split.classes[split.labels[index]],
-                "predicted": split.classes[predicted[index]],
-                "probability": float(probability[index]),
-                "png": base64.b64encode(png).decode(),
-            }
-        )
-    return shown
+    return [
+        {
+            "index": index,
+            "label": split.classes[split.labels[index]],
+            "predicted": split.classes[predicted[index]],
+            "probability": float(probability[index]),
+            "png": base64.b64encode(encoded(Image.fromarray(split.images[index].numpy()), "PNG")).decode(),
+        }
+        for index in wrong[probability[wrong].argsort(descending=True, stable=True)][:12].tolist()
+    ]
 
 
 def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:

@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,6 @@ def _scans(jpeg: Path | io.BytesIO) -> int:
     return scans
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF data say, if there are any."""
-    try:
-        return image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
-    except Exception:  # none, or damaged ones, on which Pillow raises many kinds
-        return image
-
-
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Turn a loaded picture as its EXIF data say, and bring it to RGB of 8 bits.
 
@@ -85,7 +78,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits = 32 if image.mode in ("I", "F") else tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
-    image = _upright(image)
+    with suppress(Exception):  # no EXIF data, or damaged ones, on which Pillow raises many kinds
+        image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
     if image.mode[0] in "IF" and bits != 16:
         raise ValueError(f"a grey picture of {bits} bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):

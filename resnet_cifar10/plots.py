@@ -204,26 +204,20 @@ def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
 def plot_one(row: Row) -> Picture:
     """Plot accuracy and loss of one setting in training and validation, the kept epochs and, below, the learning rate."""
     s, (colour, _) = row.setting, line_of(row.number)
-    dotted = (MUTED, (0, (1.5, 1)))
+    parts = ("train", "training", (MUTED, (0, (1.5, 1)))), ("validation", "validation", (colour, "-"))
 
     def paint(figure: Any) -> None:
         axes, losses, below = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 1.3))
         for panel, what in ((axes, "accuracy"), (losses, "loss")):
-            curves = [(row.curves(f"{part}_{what}"), line) for part, line in (("train", dotted), ("validation", (colour, "-")))]
-            for values, line in curves:
+            curves = [(row.curves(f"{part}_{what}"), name, line) for part, name, line in parts]
+            for values, _, line in curves:
                 plot_curves(panel, values, line)
             if what == "accuracy":
                 mark_kept(panel, row, colour)
                 panel.set(ylabel="accuracy (%)", ylim=(max(0, panel.get_ylim()[0] - 3), 101))
             else:
                 panel.set(ylabel="loss", ylim=(0, None))
-            label_ends(
-                panel,
-                [
-                    (values.shape[1], float(values.mean(0)[-1]), part, line)
-                    for (values, line), part in zip(curves, ("training", "validation"), strict=True)
-                ],
-            )
+            label_ends(panel, [(values.shape[1], float(values.mean(0)[-1]), name, line) for values, name, line in curves])
         plot_curves(below, row.curves("lr")[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr")
         if s.lr_decay == "step":
@@ -308,6 +302,7 @@ def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
 
     names, counts = [shortened(name, 18) for name in metrics["per_class"]], np.array(metrics["confusion"])
     side = min(12, max(4.4, 0.4 * len(names) + 0.8))
+    centred = {"ha": "center", "va": "center", "in_layout": False, "fontsize": min(8, 20 * side / len(names))}
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -316,16 +311,7 @@ def plot_confusion(metrics: dict[str, Any], split: str) -> Picture:
             share = counts[true, taken] / counts[true].sum()
             cell = Rectangle((taken - 0.48, true - 0.48), 0.96, 0.96, color=LINES[0][0], alpha=share**0.6, linewidth=0)
             axes.add_patch(cell)
-            axes.text(
-                taken,
-                true,
-                str(counts[true, taken]),
-                ha="center",
-                va="center",
-                fontsize=min(8, 20 * side / len(names)),
-                color=PAPER if share > 0.4 else INK,
-                in_layout=False,
-            )
+            axes.text(taken, true, str(counts[true, taken]), color=PAPER if share > 0.4 else INK, **centred)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), aspect="equal")
         axes.set(xlabel="taken for", ylabel="true class")
         size = min(9, 60 * side / len(names))

@@ -24,6 +24,6 @@ def progress(items: Sequence[Item], title: str) -> Iterator[Item]:
         now = time.monotonic()
         if done and now - said > LINE_SECONDS:
             left = (now - started) / done * (len(items) - done)
-            print(f"{title}: {100 * done / len(items):.0f} % done, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{title}: {100 * done / len(items):.0f} % done, {left:.0f} s left", file=sys.stderr)
             said = now
         yield item

@@ -65,13 +65,8 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     names, counts = list(m["per_class"]), m["confusion"]
     shown = [row for row in rows if row.measured(split)] if len(rows) <= FEW else [best]
     classes = [
-        (
-            name,
-            [_mean(row, split, name, "recall") for row in shown],
-            _mean(best, split, name, "precision"),
-            int(m["per_class"][name]["n"]),
-        )
-        for name in names
+        (name, [_mean(row, split, name, "recall") for row in shown], _mean(best, split, name, "precision"), measured["n"])
+        for name, measured in m["per_class"].items()
     ]
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
@@ -223,21 +218,16 @@ def report(
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
-    for option, value in (
-        ("--photo-model", photo_model),
-        ("--words", words),
-        ("--baseline", baseline_name),
-        ("--goal", goal and f"{goal:g}"),
-    ):
-        options += [option, str(value)] if value else []
+    more = {"--photo-model": photo_model, "--words": words, "--baseline": baseline_name, "--goal": goal and f"{goal:g}"}
+    options += [part for option, value in more.items() if value for part in (option, str(value))]
     content: dict[str, Any] = {
         "title": title,
         "data": data,
         "answer": findings.answer(rows, best, data, goal),
         "best": badge,
         "detail": detail,
-        "columns": findings.COLUMNS,
-        "rows": [(row, findings.cells(row)) for row in rows],
+        "columns": list(findings.cells(rows[0])),
+        "rows": [(row, list(findings.cells(row).values())) for row in rows],
         "legend": [line for line in findings.merged(rows, findings.meaning) if line[1] != "none"],
         "machine": findings.merged(rows, findings.provenance),
         "overview": overview,

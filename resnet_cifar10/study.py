@@ -58,7 +58,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
     for setting in settings:
         backend(framework).resolve(setting, device)
     with joined_processes(device) as rank:
-        print(f"reading {data}", flush=True)
+        print(f"reading {data}")
         if rank == 0:
             claim(runs, read, framework)
         failed = []
@@ -66,14 +66,14 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             # looked up anew each time: another command may have done it; the file system of another host may be late
             is_done = from_first((folder / "result.json").exists())
             what = f"{setting.name}, seed {seed}: {'is done: ' if is_done else ''}{folder}"
-            print(f"run {number} of {len(runs)}: {what}", flush=True)
+            print(f"run {number} of {len(runs)}: {what}")
             if is_done:
                 continue
             others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
             later = sum(other.epochs * _relative_cost(other) for other in others)
             with locked(folder) if rank == 0 else nullcontext():
                 if from_first((folder / "result.json").exists()):
-                    print(f"{setting.name}, seed {seed}: is done by now", flush=True)
+                    print(f"{setting.name}, seed {seed}: is done by now")
                     continue
                 try:
                     run(setting, seed, read, folder, device, rank, framework, later)
@@ -84,7 +84,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     if dist.is_initialized():  # the others wait for this process in the middle of a step
                         raise
                     failed.append(f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps")
-                print(f"failed: {failed[-1]}", flush=True)
+                print(f"failed: {failed[-1]}")
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
@@ -143,10 +143,7 @@ def run(
     precision, compiled = chosen.resolve(setting, device)
     if compiled and not has_compiler():
         compiled = False
-        print(
-            "no C++ compiler with Python's headers (g++, python3-dev): the training step is not compiled, but slower",
-            flush=True,
-        )
+        print("no C++ compiler with Python's headers (g++, python3-dev): the training step is not compiled, but slower")
     training, validation = split_data(setting, seed, read)
     try:
         initial_weights, teacher = _other_models(setting, seed, folder, training, read)
@@ -169,15 +166,14 @@ def run(
         write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
-        print(f"{name}: {message}", flush=True)
+        print(f"{name}: {message}")
     first = f", first weights of {setting.start_from}" if setting.start_from else ""
     print(
         f"{name}: {setting.model}{first}; "
         f"{training.source}: {len(training):,} training and {len(validation):,} validation images; "
         f"{framework}, {device}, {precision}{f', {world_size} processes' if world_size > 1 else ''}"
         f"{', compiled (the first time takes a minute)' if compiled else ''}"
-        f"{f'; goes on after epoch {len(rows)}' if rows else ''}",
-        flush=True,
+        f"{f'; goes on after epoch {len(rows)}' if rows else ''}"
     )
 
     with stop_requests() as received, _progress() as show:
@@ -193,7 +189,7 @@ def run(
             rows.append(row)
             if rank == 0:
                 save(folder, rows, checkpoint)
-            print(epoch_line(name, setting, rows, checkpoint.state, later), flush=True)
+            print(epoch_line(name, setting, rows, checkpoint.state, later))
     if received:
         raise Interrupted(received[0])
     if rank > 0:
@@ -225,7 +221,7 @@ def run(
         **finish(folder / "model", network, config, validation, read("test"), device),
     }
     write_json(folder / "result.json", result)
-    print(f"{name}: the model is in {folder / 'model'}", flush=True)
+    print(f"{name}: the model is in {folder / 'model'}")
     return result
 
 

@@ -828,7 +828,7 @@ def test_the_cells_of_an_unusual_setting() -> None:
     odd = Setting(
         name="a", model="resnet20", width=32, block="pre", shortcut="none", momentum=0, weight_decay=0, augmentation="none"
     )
-    assert cells(Row(0, "a", odd, [])) == [
+    assert list(cells(Row(0, "a", odd, [])).values()) == [
         "Plain20, width 32 (pre-activation)",
         "128",
         "ReLU",
@@ -844,7 +844,7 @@ def test_the_cells_of_an_unusual_setting() -> None:
         "–",
         "",
     ]
-    assert cells(Row(0, "a", odd.model_copy(update={"start_from": "resnet32"}), []))[3] == "Pretrained"
+    assert cells(Row(0, "a", odd.model_copy(update={"start_from": "resnet32"}), []))["Weight initialization"] == "Pretrained"
 
 
 @pytest.fixture
