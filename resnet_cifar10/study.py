@@ -104,14 +104,10 @@ def backend(framework: str) -> Any:
 
 
 def _resolve(setting: Setting, device: str) -> tuple[str, bool]:
-    """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md).
-
-    The compiler's language for GPUs, Triton, knows those of compute capability 7.0 and more.
-    """
+    """Say what a setting leaves to the machine; float32 on a CPU gains nothing sure by compiling (benchmarks/README.md)."""
     automatic = "bfloat16" if computes_in_bfloat16(device) else "float32"
     precision = automatic if setting.precision == "auto" else setting.precision
-    gains = precision == "bfloat16" if device == "cpu" else torch.cuda.get_device_capability() >= (7, 0)
-    return precision, setting.compile and gains
+    return precision, setting.compile and (device != "cpu" or precision == "bfloat16")
 
 
 def run(
