@@ -1,4 +1,4 @@
-"""What ends a command besides wrong input (ValueError) and trouble with files (OSError), and messages made fit to be shown."""
+"""What ends a command besides wrong input (ValueError) and files (OSError), Ctrl-C kept away, and messages fit to be shown."""
 
 import reprlib
 import signal
