@@ -310,8 +310,10 @@ def main() -> None:
     try:
         status: Any = app(standalone_mode=False)
     except BaseException as error:
-        if interrupted:  # libraries that Ctrl-C meets as they are imported raise all sorts of things
+        if interrupted or isinstance(error, Interrupted):  # one line is enough
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if interrupted:  # libraries that Ctrl-C meets as they are imported raise all sorts of things
             _fail("stopped", 130)
         if isinstance(error, Interrupted):
             _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])

@@ -120,7 +120,6 @@ def meaning(row: Row) -> dict[str, str]:
     parameters = [f"{run.result['parameters']:,} parameters" for run in row.done[:1]]
     decayed = np.format_float_scientific(s.weight_decay, trim="-", exp_digits=1)
     decayed += ", decoupled: each step shrinks a weight by lr times this" if s.optimizer in ("adamw", "muon") else ""
-    imitation = f"{100 * s.teacher_weight:g} % of the loss is imitation of {s.teacher} at temperature {s.teacher_temperature:g}"
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
         "First weights": f"those of {s.start_from}" if s.start_from else "random",
@@ -129,7 +128,6 @@ def meaning(row: Row) -> dict[str, str]:
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
-        "Teacher": imitation if s.teacher else "none",
         "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "
         "compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
@@ -255,9 +253,9 @@ def notes(
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
             "highest seed. "
         )
-    if any(row.setting.label_smoothing or row.setting.teacher or "mixup" in row.setting.augmentation for row in rows):
+    if any(row.setting.label_smoothing or "mixup" in row.setting.augmentation for row in rows):
         objective = (
-            "With label smoothing, mixed images or a teacher the training loss contains them; it cannot be compared with the "
+            "With label smoothing or mixed images the training loss contains them; it cannot be compared with the "
             "validation loss, which does not. "
         )
     if any(row.done and row.curves("lr").shape[1] >= 40 for row in rows):  # in fewer epochs, a twentieth is one

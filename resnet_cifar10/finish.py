@@ -166,7 +166,6 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
     ]
     results = "\n".join(rows)
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
-    start += f" It was taught to imitate `{setting['teacher']}`." if setting.get("teacher") else ""
     keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items() if key != "nesterov" or value)  # Muon always is
     write(
         folder / "README.md",

@@ -50,9 +50,6 @@ class Setting(BaseModel):
     precision: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # auto: bfloat16 where the processor computes in it
     compile: bool = True  # torch.compile, where it is faster: not in float32 on a CPU
     start_from: str | None = Field(None, min_length=1)  # a model whose weights are the first ones; None: weight_init
-    teacher: str | None = Field(None, min_length=1)  # a model that is imitated (Hinton et al. 2015, arXiv:1503.02531)
-    teacher_weight: float = Field(0.9, gt=0, le=1)  # of the imitation in the loss; the labels have the rest
-    teacher_temperature: float = Field(4.0, gt=0, le=100)  # divides the logits of both, so that unlikely classes count too
     seeds: list[int] = Field([0], min_length=1, exclude=True)
 
     @model_validator(mode="after")

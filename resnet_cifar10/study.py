@@ -32,8 +32,8 @@ from .run_folder import check_room, has_checkpoint, locked, resume, save, save_b
 from .settings import Setting
 from .signals import signals
 from .sources import load
-from .storage import Tensors, load_model, sha256
-from .train import Learner, Trained, train
+from .storage import Tensors, load_model
+from .train import Learner, train
 
 PROGRESS_IMAGES = 2_500  # images between two looks at the progress of an evaluation
 Reader = Callable[[str], Split | None]
@@ -129,8 +129,7 @@ def run(
 
     Raises:
         ValueError: If setting and data do not fit together, or the folder holds something damaged.
-        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start from or to imitate
-            does not fit.
+        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start from does not fit.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
@@ -142,7 +141,7 @@ def run(
         print("no C++ compiler with Python's headers (g++, python3-dev): the training step is not compiled, but slower")
     training, validation = split_data(setting, seed, read)
     try:
-        initial_weights, teacher = _other_models(setting, seed, folder, training, read)
+        initial_weights = _initial_weights(setting, seed, folder, training, read)
     except ValueError as error:  # the run that should have made it has failed
         raise JobFailed(str(error)) from None
     facts = environment(device) | chosen.VERSIONS
@@ -154,8 +153,6 @@ def run(
         "training_images": len(training),
         "validation_images": len(validation),
     }
-    if teacher:
-        facts["teacher_sha256"] = sha256(teacher[0].state_dict(), {})
     facts = of_all(facts)
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0 and not (folder / "signals.json").exists():
@@ -179,7 +176,7 @@ def run(
             if received:
                 raise Interrupted(received[0])
 
-        learner = chosen.Learner(setting, seed, training, device, precision, compiled, initial_weights, teacher)
+        learner = chosen.Learner(setting, seed, training, device, precision, compiled, initial_weights)
         epochs = train(learner, setting, seed, training, validation, checkpoint, after_step)
         for row, checkpoint in epochs:
             rows.append(row)
@@ -237,7 +234,8 @@ def stop_requests() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if not received:  # else the second one may come while all this ends
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -317,27 +315,17 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     return training, validation
 
 
-def _other_models(
+def _initial_weights(
     setting: Setting, seed: int, folder: Path, training: Split, read: Reader, to_come: Set[Path] = frozenset()
-) -> tuple[Tensors | None, Trained | None]:
-    """Load the first weights, which a run that has begun no longer needs, and the teacher; None: no such one, or to come."""
-    initial_weights = teacher = None
-    if setting.start_from and not has_checkpoint(folder) and not _runs_of(setting.start_from) & to_come:
-        initial_weights = _initial_weights(setting, seed, training, read)
-    if setting.teacher and not _runs_of(setting.teacher) & to_come:
-        teacher = _other_model("teacher", setting, seed, training, read)
-        _check_classes(f"setting '{setting.name}': key 'teacher': {setting.teacher}", teacher[1], training)
-    return initial_weights, teacher
+) -> Tensors | None:
+    """Take the weights of another model, if it has not learned from images that are to validate this run.
 
-
-def _runs_of(model: str) -> set[Path]:
-    """Name the run folders that this may be, or be the model folder of."""
-    return {Path(model).resolve(), Path(model).resolve().parent}
-
-
-def _other_model(key: str, setting: Setting, seed: int, training: Split, read: Reader) -> Trained:
-    """Load the model that this key of the setting names, if it has not learned from images that are to validate this run."""
-    name, where = getattr(setting, key), f"setting '{setting.name}': key '{key}'"
+    Its last layer is taken only where the classes are the same. None: the setting names no model, the run has begun and needs
+    it no longer, or another run that is to come will make it.
+    """
+    name, where = setting.start_from, f"setting '{setting.name}': key 'start_from'"
+    if name is None or has_checkpoint(folder) or {Path(name).resolve(), Path(name).resolve().parent} & to_come:
+        return None
     try:
         network, config = load_model(name)
     except ValueError as error:
@@ -353,26 +341,13 @@ def _other_model(key: str, setting: Setting, seed: int, training: Split, read: R
             f"allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
             "otherwise it may have learned from the validation images of this run"
         )
-    return network, config
-
-
-def _initial_weights(setting: Setting, seed: int, training: Split, read: Reader) -> Tensors:
-    """Take the weights of another model; its last layer only where the classes are the same."""
-    trained, config = _other_model("start_from", setting, seed, training, read)
-    wanted, same = setting.architecture(len(config["classes"])), config["classes"] == list(training.classes)
-    there = config["architecture"]
+    wanted, there = setting.architecture(len(config["classes"])), config["architecture"]
     if wrong := [key for key in wanted if wanted[key] != there[key] and key != "weight_init"]:
         raise ValueError(
-            f"setting '{setting.name}': key 'start_from': {setting.start_from} has the {wrong[0]} "
-            f"{there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says"
+            f"{where}: {name} has the {wrong[0]} {there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says"
         )
-    return {key: value for key, value in trained.state_dict().items() if same or not key.startswith("linear.")}
-
-
-def _check_classes(where: str, config: dict[str, Any], data: Split) -> None:
-    if config["classes"] != list(data.classes):
-        theirs, ours = ", ".join(config["classes"]), ", ".join(data.classes)
-        raise ValueError(f"{where}: found the classes {theirs}; allowed: those of the data ({ours})")
+    same_classes = config["classes"] == list(training.classes)
+    return {key: value for key, value in network.state_dict().items() if same_classes or not key.startswith("linear.")}
 
 
 @contextmanager
@@ -465,7 +440,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
             )
         if not (folder / "result.json").exists():
             check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-            _other_models(setting, seed, folder, training, read, earlier)
+            _initial_weights(setting, seed, folder, training, read, earlier)
             if in_order:
                 earlier.add(folder.resolve())
         claims.append((folder, content))
@@ -508,7 +483,9 @@ def evaluate_model(model: str | Path, test: Split, framework: str = "pytorch") -
     """
     chosen = backend(framework)
     network, config = load_model(model)
-    _check_classes(str(model), config, test)
+    if config["classes"] != list(test.classes):
+        theirs, ours = ", ".join(config["classes"]), ", ".join(test.classes)
+        raise ValueError(f"{model}: found the classes {theirs}; allowed: those of the data ({ours})")
     compute = chosen.forward(network, config["architecture"])
     logits = shown_logits(compute, test.images, config, f"evaluating {len(test):,} images")
     metrics = evaluate(logits, test.labels, test.classes, config["temperature"])

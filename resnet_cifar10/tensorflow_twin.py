@@ -208,8 +208,6 @@ def resolve(setting: Setting, device: str) -> tuple[str, bool]:
         raise ValueError(f"setting {setting.name!r}: key 'optimizer': found 'muon'; {allowed}: sgd, adam, adamw")
     if setting.precision == "bfloat16":
         raise ValueError(f"setting {setting.name!r}: key 'precision': found 'bfloat16'; {allowed}: auto, float32, float64")
-    if setting.teacher:
-        raise ValueError(f"setting {setting.name!r}: key 'teacher': found {setting.teacher!r}; {allowed}: none")
     return "float32" if setting.precision == "auto" else setting.precision, False
 
 
@@ -225,9 +223,8 @@ class Learner:
         precision: str,
         compiled: bool,
         initial_weights: Tensors | None,
-        teacher: None,
     ) -> None:
-        """Build network and optimizer; the device is the CPU, and there is no teacher."""
+        """Build network and optimizer; the device is the CPU."""
         self.device, (self.mean, self.std) = device, mean_and_std(training.images)
         architecture = setting.architecture(len(training.classes))
         self.network = initial_network(setting, seed, len(training.classes), initial_weights)

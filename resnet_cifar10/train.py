@@ -23,7 +23,6 @@ from .settings import Setting
 from .storage import Tensors, check_tensors
 
 WORST = 1e30  # a loss, which JSON can hold
-Trained = tuple[ResNet, dict[str, Any]]  # a network and the content of its config.json
 
 
 class Checkpoint(NamedTuple):
@@ -85,15 +84,6 @@ def initial_network(setting: Setting, seed: int, classes: int, initial_weights: 
     return network
 
 
-def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Sum over a batch how far logits are from a teacher's, both [N, classes]: Kullback-Leibler, in nats, times temperature².
-
-    The factor makes up for the gradient, which shrinks with the square of the temperature (Hinton et al. 2015, section 2).
-    """
-    ours, theirs = ((each / temperature).log_softmax(1) for each in (logits, wanted))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="sum", log_target=True)
-
-
 class Learner:
     """The network in training, in PyTorch: all that the training loop leaves to a framework."""
 
@@ -106,7 +96,6 @@ class Learner:
         precision: str,
         compiled: bool,
         initial_weights: Tensors | None = None,
-        teacher: Trained | None = None,
     ) -> None:
         """Build network and optimizer.
 
@@ -119,7 +108,6 @@ class Learner:
                 "float32", or "float64".
             compiled: Compile the training step, and the forward pass of validation, with torch.compile.
             initial_weights: Replace the initial weights of the same names.
-            teacher: The network that setting.teacher names, and its config.json.
 
         """
         self.device = device
@@ -136,22 +124,15 @@ class Learner:
         self.optimizer = make_optimizer(setting, model)
         self.setting = setting
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
-        if teacher:
-            teaching = teacher[0].to(device, dtype)
-            scale = [torch.tensor(teacher[1][key], device=device) for key in ("mean", "std")]
 
-        def forward(x: Tensor, network: ResNet = model) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-                return network(x.to(dtype)).to(dtype)
+                return model(x.to(dtype)).to(dtype)
 
         def loss_and_correct(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = forward(normalise(images, mean, std))
             correct = (logits.argmax(1) == targets.argmax(1)).sum()
             loss = F.cross_entropy(logits, targets.to(dtype), reduction="sum", label_smoothing=setting.label_smoothing)
-            if teacher:
-                with torch.no_grad():
-                    wanted = forward(normalise(images, *scale), teaching)
-                loss = torch.lerp(loss, distillation_loss(logits, wanted, setting.teacher_temperature), setting.teacher_weight)
             return loss, correct
 
         if compiled:
@@ -249,7 +230,7 @@ def train(
         after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
 
     Yields:
-        The epoch's line of metrics (losses in nats an image, train_loss with a teacher's part; accuracies in percent; None
+        The epoch's line of metrics (losses in nats an image, accuracies in percent; None
         without validation images) and its checkpoint, whose tensors change with the next epoch.
 
     Raises:

@@ -140,7 +140,6 @@ WRONG_ROWS = {  # the line in the row, and what the sentence must name
     "depth too small": ('model = "resnet2"', ["'model'", "resnet2", "6n+2"]),
     "depth with a zero": ('model = "resnet032"', ["'model'", "resnet032", "6n+2"]),
     "width of half a group": ("width = 20", ["'width'", "20", "multiple of 8"]),
-    "teacher that counts for nothing": ('teacher = "resnet32"\nteacher_weight = 0.0', ["'teacher_weight'", "0.0"]),
     "depth in other digits": ('model = "resnet3२"', ["'model'", "6n+2"]),
     "another network": ('model = "vgg16"', ["'model'", "vgg16", "6n+2"]),
     "unknown activation": ('activation = "relu6"', ["'activation'", "relu6", "leaky_relu"]),

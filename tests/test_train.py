@@ -30,9 +30,9 @@ from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting, load_settings
 from resnet_cifar10.signals import signals
 from resnet_cifar10.storage import load_model
-from resnet_cifar10.study import claim, epoch_line, evaluate_model, split_data
+from resnet_cifar10.study import claim, epoch_line, split_data
 from resnet_cifar10.study import run as train_run
-from resnet_cifar10.train import Checkpoint, Learner, distillation_loss, initial_network, train
+from resnet_cifar10.train import Checkpoint, Learner, initial_network, train
 from torture.training import contents
 
 pytestmark = pytest.mark.usefixtures("quick_export")
@@ -259,66 +259,15 @@ def data(part: str) -> Split | None:
     return None if part == "val" else images()
 
 
-def mislabelled(part: str) -> Split | None:
-    return None if part == "val" else replace(images(), labels=(images().labels + 1) % 4)
-
-
-def test_a_student_learns_what_its_teacher_says_as_much_as_it_is_told_to(tmp_path: Path) -> None:
-    train_run(setting(lr=0.02, epochs=8), 0, data, tmp_path / "teacher")
-    how = {"teacher": str(tmp_path / "teacher"), "validation_size": 0, "lr": 0.02, "epochs": 16, "lr_decay": "linear"}
-    for weight in (1.0, 0.01):
-        train_run(setting(teacher_weight=weight, **how), 0, mislabelled, tmp_path / f"{weight}")
-    imitates, disobeys = (evaluate_model(tmp_path / f"{weight}", images())["accuracy"] for weight in (1.0, 0.01))
-    assert (imitates > 90, disobeys < 10) == (True, True)
-
-
-def test_imitation_is_the_divergence_of_softened_probabilities() -> None:
-    ours, theirs = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    q, p = (ours / 3).softmax(1), (theirs / 3).softmax(1)
-    assert float(distillation_loss(ours, theirs, 3)) == pytest.approx(9 * float((p * (p / q).log()).sum()))
-    assert float(distillation_loss(ours, ours + 7, 3)) == pytest.approx(0)
-
-
-def test_a_teacher_of_other_classes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    file = table(tmp_path)
-    file.write_text(file.read_text() + 'teacher = "resnet32"\n')
-    refused = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=2)
-    assert "key 'teacher': resnet32: found the classes airplane, " in refused.err
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("folder", ["teacher", "teacher/model"])
-def test_a_teacher_stands_before_its_student(tmp_path: Path, folder: str) -> None:
-    teacher = (setting(name="Teacher"), 0, tmp_path / "teacher")
-    student = (setting(name="Student", teacher=str(tmp_path / folder)), 0, tmp_path / "student")
-    with pytest.raises(ValueError, match="no such model"):
-        claim([student, teacher], data)
-    assert not [*tmp_path.iterdir()]
-    claim([teacher, student], data)
-
-
-def test_a_teacher_of_another_seed_may_teach_where_validation_images_are_apart(tmp_path: Path) -> None:
+def test_a_run_starts_from_one_of_another_seed_where_validation_images_are_apart(tmp_path: Path) -> None:
     def apart(part: str) -> Split:
         return images()
 
-    train_run(setting(epochs=1), 0, apart, tmp_path / "teacher")
-    row = setting(teacher=str(tmp_path / "teacher"))
+    train_run(setting(epochs=1), 0, apart, tmp_path / "first")
+    row = setting(start_from=str(tmp_path / "first"))
     claim([(row, 1, tmp_path / "apart")], apart)
-    with pytest.raises(ValueError, match=r"key 'teacher': .* allowed: the same data, seed 1 "):
+    with pytest.raises(ValueError, match=r"key 'start_from': .* allowed: the same data, seed 1 "):
         claim([(row, 1, tmp_path / "held out")], data)
-
-
-def test_a_run_that_goes_on_with_another_teacher_is_not_bit_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_run(setting(), 0, data, tmp_path / "teacher")
-    row = setting(teacher=str(tmp_path / "teacher"))
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(run_folder, "save_checkpoint", save_then_die(after=1))
-        train_run(row, 0, data, tmp_path / "student")
-    shutil.rmtree(tmp_path / "teacher")
-    train_run(setting(lr=0.01), 0, data, tmp_path / "teacher")
-    train_run(row, 0, data, tmp_path / "student")
-    reason = json.loads((tmp_path / "student/environment.json").read_text())["not_bit_exact"]
-    assert reason == "resumed after epoch 1 with a change of teacher_sha256"
 
 
 def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
@@ -340,8 +289,8 @@ def test_the_table_of_the_readme_begins_with_the_built_in_network_but_its_last_l
         return images(200) if part == "train" else None
 
     claim([(row, 0, tmp_path / "run")], read)
-    first = study._initial_weights(row, 0, split_data(row, 0, read)[0], read)
-    assert "conv.weight" in first and not any(name.startswith("linear.") for name in first)
+    first = study._initial_weights(row, 0, tmp_path / "run", split_data(row, 0, read)[0], read)
+    assert first and "conv.weight" in first and not any(name.startswith("linear.") for name in first)
 
 
 def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
@@ -356,21 +305,21 @@ def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
     assert (tmp_path / "tame/seed-0/result.json").exists() and not (tmp_path / "wild/seed-0/result.json").exists()
 
 
-def test_a_run_whose_teacher_failed_or_does_not_fit_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_first_weights_failed_or_do_not_fit_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
-    wild, student = tmp_path / "wild/seed-0", tmp_path / "student/seed-1"
+    wild, second = tmp_path / "wild/seed-0", tmp_path / "second/seed-1"
     table = [
         setting(name="Wild", lr=100.0, normalization="none", model="resnet32", epochs=1),
-        setting(name="Student", teacher=str(wild), seeds=[1]),
+        setting(name="Second", start_from=str(wild), seeds=[1]),
         setting(name="Tame", epochs=1),
     ]
-    with pytest.raises(JobFailed, match=r"^2 of 3 runs failed: Wild, .*; setting 'Student': key 'teacher': .*not finished"):
+    with pytest.raises(JobFailed, match=r"^2 of 3 runs failed: Wild, .*; setting 'Second': key 'start_from': .*not finished"):
         study.study(table, "images", tmp_path)
-    assert (tmp_path / "tame/seed-0/result.json").exists() and not (student / "result.json").exists()
+    assert (tmp_path / "tame/seed-0/result.json").exists() and not (second / "result.json").exists()
     shutil.copytree(tmp_path / "tame/seed-0", wild, dirs_exist_ok=True)
     write_json(wild / "setting.json", json.loads((wild / "setting.json").read_text()) | {"setting": table[0].model_dump()})
     with pytest.raises(
-        ValueError, match=r"key 'teacher': .* was trained on made up with seed 0"
+        ValueError, match=r"key 'start_from': .* was trained on made up with seed 0"
     ):  # now it is known at the start
         study.study(table, "images", tmp_path)
 
@@ -610,7 +559,7 @@ def test_seeds_differ_in_first_weights_and_held_out_images() -> None:
 
 def test_a_step_is_that_of_pytorch() -> None:
     row, data = setting(lr=0.1, weight_decay=0.01, label_smoothing=0.1), images(16)
-    learner = Learner(row, 0, data, "cpu", "float32", False, None, None)
+    learner = Learner(row, 0, data, "cpu", "float32", False)
     torch.manual_seed(0)
     plain = ResNet(**row.architecture(4))
     sgd = torch.optim.SGD(plain.parameters(), 0.05, 0.9, weight_decay=0.01)
@@ -619,18 +568,6 @@ def test_a_step_is_that_of_pytorch() -> None:
     sgd.step()
     learner.step(data.images, targets, 0.05, 16)
     torch.testing.assert_close(learner.model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
-
-
-def test_the_loss_with_a_teacher_is_what_the_setting_says() -> None:
-    row, some = setting(teacher="t", teacher_weight=0.25, teacher_temperature=3.0), images(16)
-    teacher = ResNet(8, 4).eval(), {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    learner = Learner(row, 0, some, "cpu", "float32", False, None, teacher)
-    with torch.inference_mode():
-        loss, _ = learner.loss_and_correct(some.images, torch.eye(4)[some.labels])
-        ours = learner.forward(normalise(some.images, torch.tensor(learner.mean), torch.tensor(learner.std)))
-        theirs = teacher[0](normalise(some.images, *map(torch.tensor, teacher[1].values())))
-    expected = 0.75 * F.cross_entropy(ours, some.labels, reduction="sum") + 0.25 * distillation_loss(ours, theirs, 3)
-    torch.testing.assert_close(loss, expected)
 
 
 def test_bfloat16_is_for_computing_and_the_weights_stay_float32() -> None:
