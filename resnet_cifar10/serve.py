@@ -287,6 +287,11 @@ class _Connection(H11Protocol):
     def _give_up_if(self, stuck: Callable[[], bool]) -> None:
         self.loop.call_later(SECONDS, lambda: self.transport.abort() if stuck() else None)
 
+    def send_400_response(self, msg: str) -> None:
+        if self.cycle:
+            self.cycle.disconnected = True  # the application's own answer would be a second one
+        super().send_400_response(msg)
+
     def data_received(self, data: bytes) -> None:
         try:
             super().data_received(data)

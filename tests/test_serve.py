@@ -227,6 +227,16 @@ def test_what_follows_an_early_answer_ends_the_connection_without_a_traceback(st
     good(strict)
 
 
+def test_a_body_that_is_no_http_is_answered_once(strict: int) -> None:
+    for line in ("GET / ", "POST /api/classify ", "POST /nowhere "):
+        with socket.create_connection(("127.0.0.1", strict), timeout=60) as connection:
+            head = f"{line}HTTP/1.1\r\nHost: localhost:{strict}\r\nTransfer-Encoding: chunked\r\n\r\n"
+            connection.sendall(f"{head}zz\r\n".encode())
+            answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+        assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    good(strict)
+
+
 def test_connections_that_ask_for_nothing_are_closed_and_too_many_at_once(strict: int) -> None:
     def closed(connection: socket.socket, within: float) -> bool:
         connection.settimeout(within)
