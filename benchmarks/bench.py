@@ -62,7 +62,7 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     if not compiler:
         missing["all that is compiled"] = "no C++ compiler, or --quick"
     elif not compiled:
-        missing["training, compiled"] = "in float32 on a CPU `train` does not compile"
+        missing["training on this CPU, compiled"] = "in float32 `train` does not compile"
     compiled = compiled and compiler
 
     def training(depth: int, device: str) -> Group:

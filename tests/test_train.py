@@ -259,6 +259,15 @@ def data(part: str) -> Split | None:
     return None if part == "val" else images()
 
 
+def test_a_run_starts_from_the_model_folder_of_one_before_it(tmp_path: Path) -> None:
+    first = (setting(name="First"), 0, tmp_path / "first")
+    second = (setting(name="Second", start_from=str(tmp_path / "first/model")), 0, tmp_path / "second")
+    with pytest.raises(ValueError, match="no such model"):
+        claim([second, first], data)
+    assert not [*tmp_path.iterdir()]
+    claim([first, second], data)
+
+
 def test_a_run_starts_from_one_of_another_seed_where_validation_images_are_apart(tmp_path: Path) -> None:
     def apart(part: str) -> Split:
         return images()
