@@ -96,6 +96,7 @@ class Ended:
 def call(*arguments: str | Path) -> Ended:
     """Run the command line in this process."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["resnet-cifar10", *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -104,6 +105,8 @@ def call(*arguments: str | Path) -> Ended:
         status = int(end.code or 0)
     finally:
         sys.argv = before
+        for number, handler in handlers.items():  # a stopped command ignores both at its end, as children would then
+            signal.signal(number, handler)
     return Ended(status, out.getvalue(), err.getvalue())
 
 
