@@ -69,7 +69,7 @@ def study_on_ray(
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             raise ValueError(f"--cpus, --gpus: found {cpus}, {gpus:g}; allowed: what one of the {len(nodes)} nodes has")
         print(f"reading {data}")
-        claim(runs, partial(_load, data), in_order=False)
+        claim(runs, partial(_load, data))
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
         for *_, folder in todo:
             with locked(folder):  # an error where somebody else works on it

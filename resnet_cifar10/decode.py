@@ -36,14 +36,14 @@ def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixe
     if not items:
         raise ValueError(f"{name}: holds no image")
     quick = isinstance(items[0], bytes) and _quick(items[0]) is not None  # all done before a process starts
-    chunks = [(items[i : i + CHUNK], name, i) for i in range(0, len(items), CHUNK)]
-    if processes == 1 or len(chunks) == 1 or quick:
-        return np.concatenate([_decode(*chunk) for chunk in chunks])
-    with ProcessPoolExecutor(min(processes, len(chunks)), get_context("spawn"), _quiet) as pool:
+    names = [f"{name}: image {i}" for i in range(len(items))]
+    if processes == 1 or len(items) <= CHUNK or quick:
+        return np.stack(list(map(_pixels, items, names)))
+    with ProcessPoolExecutor(processes, get_context("spawn"), _quiet) as pool:
         try:
             with without_ctrl_c():
-                parts = pool.map(_decode, *zip(*chunks, strict=True))
-            return np.concatenate(list(parts))
+                parts = pool.map(_pixels, items, names, chunksize=CHUNK)
+            return np.stack(list(parts))
         except BrokenProcessPool:
             raise JobFailed(f"{name}: a process that decoded its images was ended; is there enough memory?") from None
 
@@ -52,10 +52,6 @@ def _quiet() -> None:
     """Let Ctrl-C end this process without a traceback of its own."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _decode(items: Sequence[bytes | Path], name: str, first: int) -> Pixels:
-    return np.stack([_pixels(item, f"{name}: image {first + i}") for i, item in enumerate(items)])
 
 
 def _pixels(item: bytes | Path, name: str) -> Pixels:

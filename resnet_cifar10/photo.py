@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import one_line
 from .infer import SIZE
@@ -19,15 +19,6 @@ from .infer import SIZE
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
 MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
-TURNS = {  # that make a picture upright, by its EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
@@ -79,7 +70,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits = 32 if image.mode in ("I", "F") else tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     with suppress(Exception):  # no EXIF data, or damaged ones, on which Pillow raises many kinds
-        image = image.transpose(TURNS[image.getexif()[ExifTags.Base.Orientation]])
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF" and bits != 16:
         raise ValueError(f"a grey picture of {bits} bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):

@@ -97,12 +97,6 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
     return rows, checkpoint, [line for line in (problem, mark) if line]
 
 
-def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
-    """Save an epoch: metrics.csv and the checkpoint, which has the best weights too."""
-    write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
-    save_checkpoint(folder, checkpoint)
-
-
 def save_best(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the weights of the best epoch."""
     write_tensors(folder / BEST, checkpoint.part("best"), {"epoch": checkpoint.state["best_epoch"]})
@@ -113,8 +107,9 @@ def has_checkpoint(folder: Path) -> bool:
     return (folder / LAST).exists() or (folder / PREVIOUS).exists()
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the newest checkpoint; the one before it is kept."""
+def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    """Save an epoch: metrics.csv and the newest checkpoint, which has the best weights too; the one before it is kept."""
+    write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / PREVIOUS)
     write_tensors(folder / LAST, checkpoint.tensors, checkpoint.state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
@@ -80,8 +80,9 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     continue
                 except JobFailed as error:
                     failed.append(str(error))
-                except torch.OutOfMemoryError as error:
-                    if dist.is_initialized():  # the others wait for this process in the middle of a step
+                except RuntimeError as error:  # of a GPU an OutOfMemoryError, of a CPU no more than this
+                    memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+                    if not memory or dist.is_initialized():  # the others wait for this process in the middle of a step
                         raise
                     failed.append(f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps")
                 print(f"failed: {failed[-1]}")
@@ -129,7 +130,7 @@ def run(
 
     Raises:
         ValueError: If setting and data do not fit together, or the folder holds something damaged.
-        JobFailed: If the loss, or a logit of the trained network, is not finite, or the model to start from does not fit.
+        JobFailed: If the loss, or a logit of the trained network, is not finite.
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
@@ -140,10 +141,7 @@ def run(
         compiled = False
         print("no C++ compiler with Python's headers (g++, python3-dev): the training step is not compiled, but slower")
     training, validation = split_data(setting, seed, read)
-    try:
-        initial_weights = _initial_weights(setting, seed, folder, training, read)
-    except ValueError as error:  # the run that should have made it has failed
-        raise JobFailed(str(error)) from None
+    initial_weights = _initial_weights(setting, seed, folder, training, read)
     facts = environment(device) | chosen.VERSIONS
     facts |= {
         "precision": precision,
@@ -169,15 +167,19 @@ def run(
         f"{f'; goes on after epoch {len(rows)}' if rows else ''}"
     )
 
-    with stop_requests() as received, _progress() as show:
+    with stop_requests() as received:
 
-        def after_step(epoch: int, step: int, steps: int) -> None:
-            show(epoch, step, steps)
-            if received:
-                raise Interrupted(received[0])
+        def watch(source: Iterator[Any], epoch: int, steps: int) -> Iterator[Any]:
+            """Show how far an epoch is (in a pipe its line tells it), and end it after a step when asked to."""
+            console = Console()
+            with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+                for batch in bar.track(source, steps, description=f"epoch {epoch}"):
+                    yield batch
+                    if received:
+                        raise Interrupted(received[0])
 
         learner = chosen.Learner(setting, seed, training, device, precision, compiled, initial_weights)
-        epochs = train(learner, setting, seed, training, validation, checkpoint, after_step)
+        epochs = train(learner, setting, seed, training, validation, checkpoint, watch)
         for row, checkpoint in epochs:
             rows.append(row)
             if rank == 0:
@@ -236,21 +238,6 @@ def stop_requests() -> Iterator[list[int]]:
         for number, handler in before.items():
             if not received:  # else the second one may come while all this ends
                 signal.signal(number, handler)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, int], None]]:
-    """Show how far an epoch is; in a pipe the lines of the epochs tell it."""
-    console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(epoch: int, step: int, steps: int) -> None:
-            if step == 1:
-                bar.reset(task, description=f"epoch {epoch}", total=steps)
-            bar.update(task, completed=step)
-
-        yield show
 
 
 def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: dict[str, Any], later: int) -> str:
@@ -315,16 +302,14 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
     return training, validation
 
 
-def _initial_weights(
-    setting: Setting, seed: int, folder: Path, training: Split, read: Reader, to_come: Set[Path] = frozenset()
-) -> Tensors | None:
+def _initial_weights(setting: Setting, seed: int, folder: Path, training: Split, read: Reader) -> Tensors | None:
     """Take the weights of another model, if it has not learned from images that are to validate this run.
 
-    Its last layer is taken only where the classes are the same. None: the setting names no model, the run has begun and needs
-    it no longer, or another run that is to come will make it.
+    Its last layer is taken only where the classes are the same. None: the setting names no model, or the run has begun and
+    needs it no longer.
     """
     name, where = setting.start_from, f"setting '{setting.name}': key 'start_from'"
-    if name is None or has_checkpoint(folder) or {Path(name).resolve(), Path(name).resolve().parent} & to_come:
+    if name is None or has_checkpoint(folder):
         return None
     try:
         network, config = load_model(name)
@@ -418,16 +403,14 @@ def of_all(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | {key: " and ".join(sorted({each[key] for each in everyone})) for key in ("processor", "device")}
 
 
-def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_order: bool = True) -> None:
+def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch") -> None:
     """Make sure that every folder is free or holds this very run, then write into each what it is to hold.
-
-    A run can start from the weights of another that is finished, or that stands before it where they are trained in order.
 
     Raises:
         ValueError: Before anything is written.
 
     """
-    claims, earlier = [], set[Path]()
+    claims = []
     for setting, seed, folder in runs:
         training, validation = split_data(setting, seed, read)
         digests = {"training_sha256": training.sha256, "validation_sha256": validation.sha256}
@@ -440,9 +423,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch", *, in_
             )
         if not (folder / "result.json").exists():
             check_room(folder, parameter_count(ResNet(**setting.architecture(len(training.classes)))))
-            _initial_weights(setting, seed, folder, training, read, earlier)
-            if in_order:
-                earlier.add(folder.resolve())
+            _initial_weights(setting, seed, folder, training, read)  # what is wrong with the model is found now
         claims.append((folder, content))
     read("test")  # what is wrong with it is found now, not after hours
     for folder, content in claims:

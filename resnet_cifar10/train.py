@@ -213,7 +213,7 @@ def train(
     training: Split,
     validation: Split,
     checkpoint: Checkpoint | None = None,
-    after_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None,
+    watch: Callable[[Iterator[Any], int, int], Iterator[Any]] = lambda source, epoch, steps: source,
 ) -> Iterator[tuple[dict[str, Any], Checkpoint]]:
     """Train one setting with one seed, an epoch each time that the iterator is asked for more.
 
@@ -227,7 +227,7 @@ def train(
         validation: The held-out images whose accuracy chooses the best epoch, or their loss where that is equal; may be
             empty, then the last epoch is the best.
         checkpoint: Of the epoch after which to go on.
-        after_step: Called with epoch, step of the epoch and steps of an epoch; what it raises ends the training.
+        watch: Hands on the batches of an epoch, of so many steps; what it raises ends the training.
 
     Yields:
         The epoch's line of metrics (losses in nats an image, accuracies in percent; None
@@ -261,10 +261,9 @@ def train(
         started = time.perf_counter()
         totals = torch.zeros(2, dtype=torch.float64, device=device)
         source = batches(training, setting.batch_size, setting.augmentation, seed, epoch, fill, rank, processes)
-        for step, (images, targets) in enumerate(source, 1):
+        for step, (images, targets) in enumerate(watch(source, epoch, steps), 1):
             lr = learning_rate(setting, (epoch - 1 + (step - 1) / steps) / setting.epochs)
             totals += learner.step(images, targets, lr, last_batch if step == steps else setting.batch_size)
-            after_step(epoch, step, steps)
         if processes > 1:
             dist.all_reduce(totals)
         loss_sum, correct = totals.tolist()

@@ -414,7 +414,7 @@ def test_several_processes_decode_as_one_does_and_name_the_image_that_fails(clas
 
 
 def test_a_decoding_process_that_is_killed_ends_the_job_with_a_sentence(class_folders, monkeypatch):
-    def killed(pool, *work):
+    def killed(pool, *work, **options):
         raise BrokenProcessPool
 
     monkeypatch.setattr("resnet_cifar10.decode.CHUNK", 5)

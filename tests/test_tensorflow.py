@@ -192,14 +192,14 @@ def test_a_broken_off_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch:
     def run_into(folder: Path) -> None:
         study.run(short, 0, lambda part: split if part == "train" else None, folder, framework="tensorflow")
 
-    def power_cut(folder: Path, checkpoint: Checkpoint) -> None:
-        save_checkpoint(folder, checkpoint)
+    def power_cut(folder: Path, rows: list[Any], checkpoint: Checkpoint) -> None:
+        save(folder, rows, checkpoint)
         raise RuntimeError("power cut")
 
-    save_checkpoint = run_folder.save_checkpoint
+    save = run_folder.save
     run_into(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(run_folder, "save_checkpoint", power_cut)
+        patch.setattr(study, "save", power_cut)
         run_into(tmp_path / "parts")
     assert len(run_folder.read_metrics(tmp_path / "parts")) == 1
     run_into(tmp_path / "parts")

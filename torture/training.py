@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from resnet_cifar10 import files, run_folder, storage
+from resnet_cifar10 import files, run_folder, storage, study
 from resnet_cifar10.export import export
 from resnet_cifar10.sources import load
 from resnet_cifar10.train import Checkpoint
@@ -178,13 +178,13 @@ def _die() -> None:
 
 def copy_each_epoch(ground: Path) -> None:
     """Copy the run once the checkpoint of an epoch is there: so SIGKILL would leave it."""
-    save_checkpoint = run_folder.save_checkpoint
+    save = run_folder.save
 
-    def save_then_copy(folder: Path, checkpoint: Checkpoint) -> None:
-        save_checkpoint(folder, checkpoint)
+    def save_then_copy(folder: Path, rows: list[Any], checkpoint: Checkpoint) -> None:
+        save(folder, rows, checkpoint)
         shutil.copytree(ground / "again", ground / f"epoch-{checkpoint.state['epoch']}")
 
-    run_folder.save_checkpoint = save_then_copy
+    vars(study)["save"] = save_then_copy
 
 
 # --- killed ---
