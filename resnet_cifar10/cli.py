@@ -160,10 +160,10 @@ def infer(
 
             heat = heat_map(image, activation(classifier, image, prediction.label))
             if figure:
+                from .figure import entry
                 from .figure import figure as draw
-                from .figure import tile
 
-                pictures.append((printable(Path(name).name), tile(image.resize(heat.size)), tile(heat), prediction))
+                pictures.append(entry(printable(Path(name).name), image, heat, prediction))
     if as_json:
         print(json.dumps(answers))
     if explain and answers:

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .infer import Prediction
 
+Entry = tuple[str, Image.Image, Image.Image, Prediction]  # a photo's name, its tile, that of its heat map, the prediction
 TILE, GAP, MARGIN, LINE, COLUMNS = 180, 6, 24, 24, 3  # pixels, and photos in a row
 WIDTH = 2 * TILE + GAP  # of a photo and, to the right of it, where the network looked
 
@@ -20,12 +21,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return ImageFont.load_default(size)  # English letters
 
 
-def tile(picture: Image.Image) -> Image.Image:
-    """Make a picture as small as the figure shows it."""
-    return ImageOps.pad(picture, (TILE, TILE), color="white")
+def entry(name: str, photo: Image.Image, heat: Image.Image, prediction: Prediction) -> Entry:
+    """Keep what the figure shows of a photo, it and its heat map made small."""
+    upright, hot = (ImageOps.pad(each, (TILE, TILE), color="white") for each in (photo.resize(heat.size), heat))
+    return name, upright, hot, prediction
 
 
-def figure(photos: Sequence[tuple[str, Image.Image, Image.Image, Prediction]]) -> Image.Image:
+def figure(photos: Sequence[Entry]) -> Image.Image:
     """Draw the grid: of each photo the tiles of it and its heat map, label, name and bars of its highest probabilities."""
     columns = min(COLUMNS, len(photos))
     rows = math.ceil(len(photos) / columns)

@@ -94,11 +94,10 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
-def raster(file: str, alt: str, image: Image.Image) -> Picture:
-    """Make a picture of pixels, of the format that the file's name asks for."""
-    kind = "jpeg" if file.endswith(".jpg") else "png"
-    content = encoded(image, kind, quality=88)
-    return Picture(file, alt, content, f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+def raster(name: str, alt: str, image: Image.Image) -> Picture:
+    """Make a picture of pixels."""
+    content = encoded(image, "PNG")
+    return Picture(f"plots/{name}.png", alt, content, f"data:image/png;base64,{base64.b64encode(content).decode()}")
 
 
 def line_of(number: int) -> tuple[str, Any]:

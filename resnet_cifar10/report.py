@@ -15,10 +15,12 @@ from typing import Any
 import jinja2
 import numpy as np
 from markdown_it import MarkdownIt
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from . import findings, plots
 from .errors import printable
+from .explain import activation, heat_map
+from .figure import entry, figure
 from .files import check_writable, write
 from .infer import Classifier
 from .photo import read_photo, views
@@ -115,35 +117,34 @@ def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
         text = f"{label}\n→ {taken}\n{percent} %"
         pen.text((place[0], place[1] + 98), text, INK, font)
     told = join([f"{mistake['label']} taken for {mistake['predicted']}" for mistake in mistakes])
-    return raster("plots/mistakes.png", f"The most confident mistakes: {told}", sheet)
+    return raster("mistakes", f"The most confident mistakes: {told}", sheet)
 
 
-def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row | None) -> tuple[list[dict[str, Any]], str]:
-    """Classify photos: a picture, verdict and three highest probabilities in percent of each; and by whom, in words."""
+def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row | None) -> tuple[Picture | None, str]:
+    """Classify photos: the figure of them; and by whom, in words."""
     if not photos:
-        return [], ""
+        return None, ""
     if photo_model:
         model, by = photo_model, f"the model {portable(photo_model)}"
     elif best:
         model, by = best_run(best).folder, best.name
     else:
         raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
-    cards = []
+    entries = []
     classifier = Classifier(model)
-    for number, file in enumerate(photos, 1):
+    for file in photos:
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
-        name = printable(file.name)
-        shown = f"{name}: {prediction.verdict}"
-        picture = raster(f"plots/photo-{number}.jpg", shown, ImageOps.contain(photo, (320, 320)))
-        bars = sorted(((100 * p, name) for name, p in prediction.probabilities.items()), reverse=True)[:3]
-        cards.append({"name": name, "prediction": prediction, "bars": bars, "picture": picture})
+        heat = heat_map(photo, activation(classifier, photo, prediction.label))
+        entries.append(entry(printable(file.name), photo, heat, prediction))
+    told = "; ".join(f"{name}: {prediction}" for name, *_, prediction in entries)
     note = (
         f"Classified by {by}, of {len(classifier.classes)} classes, trained on {classifier.config['data']}. "
+        "Bright in the second picture: what spoke for the most likely class. "
         "“None of these”: its likeness to the classes, less a penalty for textures richer than usual, is below the model's "
         "threshold, whatever the percentages say."
     )
-    return cards, note
+    return raster("photos", told, figure(entries)), note
 
 
 def markdown(value: Any) -> Any:
@@ -204,7 +205,7 @@ def report(
     compared = comparisons(rows, baseline, best)
     changes = [each for each in compared if each.other is baseline and each.p is not None]
     detail = best_section(best, rows) if best else None
-    cards, photo_note = classified(photos, photo_model, best)
+    shown, photo_note = classified(photos, photo_model, best)
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
     many = len(validated) > FEW
@@ -236,7 +237,7 @@ def report(
         "comparison_columns": findings.COMPARISON_COLUMNS,
         "comparisons": [findings.comparison_cells(each) for each in compared],
         "findings": findings.findings(rows, best),
-        "photos": cards,
+        "photos": shown,
         "notes": findings.notes(rows, baseline, groups, compared, data) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
@@ -254,8 +255,7 @@ def report(
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
     markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
     text = markdown_of.get_template("report.md.j2").render(content)
-    pictures = [*overview, *(plot for _, plot in alone), *(card["picture"] for card in cards)]
-    pictures += [*content["signals"], content["differences"]]
+    pictures = [*overview, *(plot for _, plot in alone), shown, *content["signals"], content["differences"]]
     pictures += [detail[key] for key in ("confusion", "mistakes_picture") if detail]
     for picture in filter(None, pictures):
         write(out / picture.file, picture.content)
