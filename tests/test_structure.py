@@ -25,6 +25,7 @@ ORDER = (
     "export",
     "finish",
     "run_folder",
+    "processes",
     "tensorflow_twin",
     "signals",
     "study",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run
 
-from resnet_cifar10 import run_folder, study
+from resnet_cifar10 import processes, run_folder, study
 from resnet_cifar10.data import Split, batches, normalise
 from resnet_cifar10.errors import JobFailed
 from resnet_cifar10.evaluate import fit_temperature
@@ -146,13 +146,13 @@ def test_processes_of_one_run_may_differ_in_hardware_alone(monkeypatch: pytest.M
     ours: dict[str, Any] = dict.fromkeys(("torch", "code_sha256", "training_sha256", "processor", "device"), "B")
     ours |= {"precision": "float32", "compiled": False}
     theirs = ours | {"processor": "A"}
-    assert study.of_all(ours) == ours  # alone
-    monkeypatch.setattr(study.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(study.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(study.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine, theirs]))
-    assert study.of_all(ours) == ours | {"processor": "A and B"}
+    assert processes.of_all(ours) == ours  # alone
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine, theirs]))
+    assert processes.of_all(ours) == ours | {"processor": "A and B"}
     with pytest.raises(ValueError, match="processes whose precision is bfloat16 and float32; allowed: one for all"):
-        study.of_all(ours | {"precision": "bfloat16"})
+        processes.of_all(ours | {"precision": "bfloat16"})
 
 
 @pytest.mark.parametrize(
