@@ -75,6 +75,7 @@ def cells(row: Row) -> dict[str, str]:
     sgd = "SGD (momentum)" if s.momentum else "SGD"
     accuracy = [f"{spread(tests)}\n(n = {len(tests)})"] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
+    slope = f" {s.leaky_slope:g}" if s.activation == "leaky_relu" else ""
     accuracy += [
         (f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
         for run in row.runs
@@ -83,7 +84,7 @@ def cells(row: Row) -> dict[str, str]:
     return {
         "Model": model + (" (pre-activation)" if s.block == "pre" else ""),
         "Batch size": str(s.batch_size),
-        "Activation function": WORDS[s.activation],
+        "Activation function": WORDS[s.activation] + slope,
         "Weight initialization": "Pretrained" if s.start_from else WORDS[s.weight_init],
         "Optimizer": WORDS.get(s.optimizer, sgd),
         "lr": f"{s.lr:g}",
@@ -172,7 +173,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
             text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
         single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
         if single and others:
-            once, them = ("were run once each", "them") if len(single) > 1 else ("was run once", "it")
+            once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")
             text += f" {named(single)} {once}: with another seed the distances from {them} may differ."
     return text + last
 
@@ -244,9 +245,14 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
 
 
 def notes(
-    rows: Sequence[Row], baseline: Row | None, groups: Sequence[Sequence[Row]], compared: Sequence[Comparison], data: str
+    rows: Sequence[Row],
+    top: Sequence[Row],
+    baseline: Row | None,
+    groups: Sequence[Sequence[Row]],
+    compared: Sequence[Comparison],
+    data: str,
 ) -> dict[str, str]:
-    """Write what stands beside the pictures and tables, for both forms of the report."""
+    """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
     lines = objective = enlarged = seeds = once = ""
     if any(len(row.runs) > 1 for row in rows):
         lines = (
@@ -258,7 +264,7 @@ def notes(
             "With label smoothing or mixed images the training loss contains them; it cannot be compared with the "
             "validation loss, which does not. "
         )
-    if any(row.done and row.curves("lr").shape[1] >= 40 for row in rows):  # in fewer epochs, a twentieth is one
+    if any(row.curves("lr").shape[1] >= 40 for row in top):  # in fewer epochs, a twentieth is one
         enlarged = (
             " In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
             "slope that begins before it; thin lines are single epochs."

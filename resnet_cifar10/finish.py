@@ -67,7 +67,7 @@ def finish(
             class_means[label] = features[validation.labels == label].mean(0)
     for part, split in splits.items():
         metrics[part] = evaluate(logits[part], split.labels, split.classes, temperature)
-        metrics[part]["mistakes"] = mistakes(logits[part] / temperature, split)
+        metrics[part] |= {"mistakes": mistakes(logits[part] / temperature, split), "data_sha256": split.sha256}
         print(f"{part} accuracy {metrics[part]['accuracy']:.2f} % of {len(split):,} images")
     described = {"class_directions": F.normalize(class_means), "contrast_mean": contrast_mean, "contrast_std": contrast_std}
     config = config | {

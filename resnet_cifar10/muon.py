@@ -40,15 +40,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Update all parameters; those of one shape together."""
-        for group in self.param_groups:
-            shapes: dict[Any, list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                shapes[parameter.shape].append(parameter)
-            for shape, parameters in shapes.items():
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
-                scale = group["lr"] * RMS * max(updates.shape[1:]) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(shape), alpha=scale)
+        (group,) = self.param_groups
+        shapes: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            shapes[parameter.shape].append(parameter)
+        for shape, parameters in shapes.items():
+            updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+            scale = group["lr"] * RMS * max(updates.shape[1:]) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view(shape), alpha=scale)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
         """Update and return the Nesterov momentum of a parameter, as a matrix."""

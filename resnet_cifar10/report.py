@@ -208,13 +208,13 @@ def report(
     shown, photo_note = classified(photos, photo_model, best)
     started = [row for row in rows if row.curves("lr").size]
     validated = [row for row in started if np.isfinite(row.curves("validation_accuracy")).any()]
-    many = len(validated) > FEW
+    many, top = len(validated) > FEW, top_of(validated)
     overview: list[Picture] = []
     if many:
         overview = [plots.plot_panels(validated, baseline)]
     elif len(validated) > 1:
         overview = [plots.plot_all(validated, enlarged=False)]
-        overview += [plots.plot_all(top, enlarged=True)] if (top := top_of(validated)) else []
+        overview += [plots.plot_all(top, enlarged=True)] if top else []
     alone = [] if many else [(row, plots.plot_one(row)) for row in started]
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
@@ -238,7 +238,7 @@ def report(
         "comparisons": [findings.comparison_cells(each) for each in compared],
         "findings": findings.findings(rows, best),
         "photos": shown,
-        "notes": findings.notes(rows, baseline, groups, compared, data) | {"photos": photo_note},
+        "notes": findings.notes(rows, top, baseline, groups, compared, data) | {"photos": photo_note},
         "differences": plots.plot_differences(baseline, changes) if changes and baseline else None,
         "signals": [plots.plot_signals(groups, back=back) for back in (False, True)] if len(kinds) > 1 else [],
         "words": text_of_words,

@@ -192,8 +192,10 @@ def _check_same_data(runs: Sequence[Run]) -> None:
         for split in ("validation", "test"):
             if measured := run.result.get(split):
                 facts[f"{split} classes",] = list(measured["per_class"])
-        if run.result.get("test"):
-            facts["test images",] = run.result["test"]["n"]
+        if test := run.result.get("test"):
+            facts["test images",] = test["n"]
+            if digest := test.get("data_sha256"):
+                facts["test images", "sha256"] = digest
         for key, value in facts.items():
             other, found = first.setdefault(key, (run, value))
             if found != value:

@@ -152,7 +152,7 @@ def run(
     }
     facts = of_all(facts)
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
-    if rank == 0 and not (folder / "signals.json").exists():
+    if rank == 0 and checkpoint is None:
         write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
@@ -198,7 +198,7 @@ def run(
         "mean": learner.mean,
         "std": learner.std,
         "data": training.source,
-        "training_sha256": training.sha256,
+        "training_sha256": facts["training_sha256"],
         "seed": seed,
         "setting": setting.model_dump(),
         "best_epoch": best_epoch,

@@ -50,6 +50,7 @@ def split_metrics(percent: float, n: int) -> dict[str, Any]:
         "temperature": 1.5,
         "negative_log_likelihood_scaled": 0.25,
         "calibration_error_scaled": 0.7,
+        "data_sha256": "a",
         "confusion": counts.tolist(),
         "per_class": {name: {"precision": 90.0, "recall": recall, "n": n // 10} for name in CLASSES},
     }
@@ -299,7 +300,7 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     assert (
         "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
         "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
-        "Setting #3 was run once: with another seed the distances from it may differ."
+        "Setting #3 has one finished seed: with another seed the distances from it may differ."
     ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)" in text
@@ -424,12 +425,22 @@ def test_a_row_is_compared_with_the_baseline_and_with_every_row_that_it_repeats_
     assert (twins[0], twins[-1]) == ("framework TensorFlow instead of PyTorch", "one seed of each") and "Welch" not in text
 
 
+def test_the_note_of_the_enlarged_plot_is_about_what_it_shows(tmp_path: Path) -> None:
+    write_run(tmp_path / "study", ONE, 0, 90.0)
+    long = write_run(tmp_path / "study", TWO.model_copy(update={"epochs": 40}), 0, 60.0)
+    for accuracy, shown in ((60.0, False), (85.0, True)):
+        rows = [read_metrics(long)[0] | {"epoch": 1 + i, "validation_accuracy": accuracy} for i in range(40)]
+        write_metrics(long, rows)
+        text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+        assert ("running means" in text) == shown
+
+
 def test_many_settings_of_one_seed_are_counted_in_the_answer(tmp_path: Path) -> None:
     for n in range(8):
         write_run(tmp_path / "study", ONE.model_copy(update={"name": f"Row {n}", "lr": (n + 1) / 10}), 0, 90.0, 90.0 - n)
     write_run(tmp_path / "study", ONE.model_copy(update={"name": "Row 0", "lr": 0.1}), 1, 91.0)
     answer = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text().splitlines()[2]
-    assert "7 settings were run once each" in answer and "Row 3" not in answer
+    assert "7 settings have one finished seed each" in answer and "Row 3" not in answer
 
 
 def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
@@ -691,6 +702,7 @@ def edit(file: Path, old: str, new: str, count: int = -1) -> None:
         (lambda study: shutil.copytree(study / RUN, study / "copy"), "the same setting and seed"),
         (lambda study: write_run(study, Setting(name="Digits"), 0, 99.0, source="digits"), "different data (digits; CIFAR"),
         (lambda study: edit(study / RUN / "result.json", '"n": 10000', '"n": 9000'), "different data (other test images)"),
+        (lambda study: edit(study / RUN / "result.json", '256": "a"', '256": "b"'), "different data (other test images)"),
         (
             lambda study: [
                 change(study / f"setting-{n}" / "seed-0" / "environment.json", training_sha256=str(n)) for n in (1, 2)
