@@ -114,7 +114,8 @@ def evaluate(
         print(f"{name:<18} {metrics[key]:.3f} {unit}, {scaled} {metrics[key + '_scaled']:.3f} {unit}")
     print(f"{'class':<18} {'precision':>9} {'recall':>9} {'images':>7}")
     for name, row in metrics["per_class"].items():
-        print(f"{name:<18} {row['precision']:>7.2f} % {row['recall']:>7.2f} % {row['n']:>7,}")
+        precision, recall = ("–" if row[key] is None else f"{row[key]:.2f} %" for key in ("precision", "recall"))
+        print(f"{name:<18} {precision:>9} {recall:>9} {row['n']:>7,}")
 
 
 @app.command()

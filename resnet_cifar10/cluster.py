@@ -25,7 +25,7 @@ from rich.text import Text
 
 from .errors import Interrupted, JobFailed
 from .files import read_json
-from .run_folder import locked, read_metrics
+from .run_folder import locked, note_failure, read_metrics
 from .settings import Setting
 from .sources import load
 from .study import Task, claim, duration, pace, run, run_folders, stop_requests
@@ -85,7 +85,7 @@ def study_on_ray(
             while tasks and not received:
                 ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
                 for ref in ended:
-                    setting, seed, _ = tasks.pop(ref)
+                    setting, seed, folder = tasks.pop(ref)
                     try:
                         test = ray.get(ref)["test"]
                         how = f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
@@ -93,6 +93,8 @@ def study_on_ray(
                         failed += 1
                         cause = getattr(error, "cause", error)  # of a bug we show where it is
                         how = f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
+                        if isinstance(cause, JobFailed):
+                            note_failure(folder, str(cause))
                     print(f"{setting.name}, seed {seed}: {how}")
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:

@@ -1,10 +1,12 @@
 """What ends a command besides wrong input (ValueError) and files (OSError), Ctrl-C kept away, and messages fit to be shown."""
 
+import re
 import reprlib
 import signal
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 JOINERS = "\u200c\u200d"  # of letters and of emoji
 
@@ -47,3 +49,10 @@ def short(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # of an int with more digits than Python prints
         return "a huge number"
+
+
+def markdown(value: Any) -> Any:
+    """Escape what Markdown would read as markup; a line break in a table cell becomes <br>."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return re.sub(r"([\\`*<>\[\]|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", value).replace("\n", "<br>")

@@ -82,10 +82,12 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
 
 
 def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperature: float) -> dict[str, Any]:
-    """Compute every metric of a split; accuracies are in percent, unrounded."""
+    """Compute every metric of a split; accuracies are in percent, unrounded.
+
+    Recall is None for a class without images, precision for one that no image was taken for.
+    """
     counts = confusion(logits, labels)
-    hits = counts.diagonal().double()
-    recall, precision = hits / counts.sum(1).clamp(1), hits / counts.sum(0).clamp(1)
+    hits, there, taken = (numbers.tolist() for numbers in (counts.diagonal(), counts.sum(1), counts.sum(0)))
     percent = accuracy(logits, labels)
     return {
         "accuracy": percent,
@@ -98,8 +100,8 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
         "negative_log_likelihood_scaled": negative_log_likelihood(logits / temperature, labels),
         "calibration_error_scaled": calibration_error(logits / temperature, labels),
         "per_class": {
-            name: {"precision": 100 * float(precision[i]), "recall": 100 * float(recall[i]), "n": int(counts[i].sum())}
-            for i, name in enumerate(classes)
+            name: {"precision": 100 * h / p if p else None, "recall": 100 * h / n if n else None, "n": n}
+            for name, h, n, p in zip(classes, hits, there, taken, strict=True)
         },
         "confusion": counts.tolist(),
     }

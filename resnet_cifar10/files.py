@@ -89,7 +89,7 @@ def validated(kind: type[Kind], values: dict[str, Any], where: str) -> Kind:
         key = ".".join(str(part) for part in first["loc"])
         message = f"key '{key}': found {short(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}"
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1)
+            near = difflib.get_close_matches(key.lower(), kind.model_fields, n=1)
             help_with = f"did you mean '{near[0]}'?" if near else f"allowed: {', '.join(kind.model_fields)}"
             message = f"unknown key '{one_line(key)}'; {help_with}"
         elif first["type"] == "missing":

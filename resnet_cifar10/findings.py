@@ -77,7 +77,8 @@ def cells(row: Row) -> dict[str, str]:
     accuracy += ["no test images"] if minutes and not tests else []
     slope = f" {s.leaky_slope:g}" if s.activation == "leaky_relu" else ""
     accuracy += [
-        (f"seed {run.seed} " if len(row.runs) > 1 else "") + f"unfinished: epoch {len(run.metrics)} of {s.epochs}"
+        (f"seed {run.seed} " if len(row.runs) > 1 else "")
+        + f"{'failed after' if run.failed else 'unfinished:'} epoch {len(run.metrics)} of {s.epochs}"
         for run in row.runs
         if not run.result
     ]
@@ -113,7 +114,8 @@ def meaning(row: Row) -> dict[str, str]:
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
     counted = f", counted from {since} on," if since else ""
-    rule = f"{s.patience} epochs without a better validation accuracy (or an equal one and a lower loss){counted} end a run"
+    rule = f"{s.patience}: a run ends after so many epochs without a better validation accuracy (or an equal one and a lower "
+    rule += f"loss){counted}"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):
@@ -133,6 +135,7 @@ def meaning(row: Row) -> dict[str, str]:
         "compare settings only where processor and threads are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
+        "Failed": "; ".join(run.failed.removeprefix(f"{s.name}, ") for run in row.runs if run.failed) or "none",
         "Accuracy": "percent of the test images, which are classified once, at the end, with the kept weights; mean ± "
         "sample standard deviation where n, the number of seeds, is above 1",
     }
@@ -141,13 +144,17 @@ def meaning(row: Row) -> dict[str, str]:
 def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None) -> str:
     """Write the result in a few sentences; `goal` is the test accuracy in percent that was asked for."""
     runs = [run for row in rows for run in row.runs]
-    waiting = sum(not run.result for run in runs)
-    tested = [row for row in rows if row.accuracies("test")]
+    tested, finished = [row for row in rows if row.accuracies("test")], any(row.done for row in rows)
     there = named([row.name for row in tested if goal and np.mean(row.accuracies("test")) >= goal]) or "no setting"
-    asked = f" At least {goal:g} % were asked for: reached by {there}." if goal and tested else ""
-    last = f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere." if waiting else ""
+    there = f"reached by {there}" if tested else "only test images could tell"
+    asked = f" At least {goal:g} % were asked for: {there}." if goal and finished else ""
+    last = ""
+    if failed := sum(bool(run.failed) for run in runs):
+        last += f" Runs that failed: {failed} of {len(runs)}; below the table stands why."
+    if waiting := sum(not run.result for run in runs) - failed:
+        last += f" Runs still unfinished: {waiting} of {len(runs)}; they are shown below and counted nowhere."
     if best is None:
-        reason = "no validation images were held out to choose by" if any(row.done for row in rows) else "no run is finished"
+        reason = "no validation images were held out to choose by" if finished else "no run is finished"
         return f"No setting can be called the best on {data}: {reason}.{asked}{last}"
     tests, validation = best.accuracies("test"), best.accuracies("validation")
     validated = [row for row in rows if row.accuracies("validation")]
@@ -155,26 +162,27 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     subject = "It"
     if rivals > 1:
-        settings = f"{rivals} {'' if all(row.done for row in rows) else 'finished '}settings"
-        rough = f"; a rough choice, for they hold out {join([f'{size:,}' for size in sizes], 'or')} images"
-        reached = f"({spread(validation)} %{rough if len(sizes) > 1 else ''})"
+        settings = f"{rivals} settings{'' if all(row.done for row in rows) else ' with a finished run'}"
+        images = f"{join([f'{size:,}' for size in sizes], 'or')} images{', a rough choice' if len(sizes) > 1 else ''}"
+        reached = f"({spread(validation)} % of {images})"
         text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
         if equals := equal_to(best, rows):
             subject, names = best.name, join([row.name for row in (best, *equals)])
             text = f"{names} have the same validation accuracy, the highest of {settings} {reached}."
-    if tests:
-        test = best.measured("test")[0]
-        one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
-        trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
-        text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
-        text += asked
-        others = [row for row in tested if row is not best]
-        if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
-            text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
-        single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
-        if single and others:
-            once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")
-            text += f" {named(single)} {once}: with another seed the distances from {them} may differ."
+    if not tests:
+        return text + asked + last
+    test = best.measured("test")[0]
+    one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
+    trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
+    text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
+    text += asked
+    others = [row for row in tested if row is not best]
+    if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
+        text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
+    single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
+    if single and others:
+        once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")
+        text += f" {named(single)} {once}: with another seed the distances from {them} may differ."
     return text + last
 
 
@@ -316,14 +324,15 @@ def provenance(row: Row) -> dict[str, str]:
     """List the data, machine and versions of a row."""
 
     def seen(*keys: str) -> str:
-        values = [[run.environment.get(key, "unknown") for key in keys] for run in row.runs if run.metrics]
+        values = [[run.environment.get(key, "unknown") for key in keys] for run in row.runs if run.environment]
         texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
-        return " or ".join(dict.fromkeys(texts)) or "no epoch finished"
+        return " or ".join(dict.fromkeys(texts)) or "not begun"
 
     processes = seen("world_size")
     parts = {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
     statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
     nothing = "none" if row.done else "none yet"
+    exact = "none; each run equals an uninterrupted one on its machine" if any(run.metrics for run in row.runs) else nothing
     marked = [f"seed {run.seed}, {why}" for run in row.runs if (why := run.environment.get("not_bit_exact"))]
     return {
         "Data": seen("data"),
@@ -333,9 +342,9 @@ def provenance(row: Row) -> dict[str, str]:
         "Processor": seen("processor"),
         "Device, threads": seen("device", "threads"),
         "Precision": seen("precision"),
-        "Processes": processes + (statistics if processes != "1" and any(run.metrics for run in row.runs) else ""),
+        "Processes": processes + (statistics if processes != "1" and any(run.environment for run in row.runs) else ""),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
         "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),
-        "Not bit-exact": "; ".join(marked) or "none; each run equals an uninterrupted one on its machine",
+        "Not bit-exact": "; ".join(marked) or exact,
     }

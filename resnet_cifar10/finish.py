@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from .data import Split
-from .errors import JobFailed
+from .errors import JobFailed, markdown
 from .evaluate import evaluate, fit_temperature, predict
 from .export import EXCESS_WEIGHT, describe, export
 from .files import write, write_json
@@ -166,7 +166,8 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
     ]
     results = "\n".join(rows)
     start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
-    keys = "\n".join(f"| {key} | {value} |" for key, value in setting.items() if key != "nesterov" or value)  # Muon always is
+    shown = {key: value for key, value in setting.items() if key != "nesterov" or value}  # Muon always is
+    keys = "\n".join(f"| {key} | {markdown(value)} |" for key, value in shown.items())
     write(
         folder / "README.md",
         f"""---
@@ -174,15 +175,15 @@ library_name: onnx
 pipeline_tag: image-classification
 ---
 
-# {setting["model"]}, {setting["name"]}
+# {setting["model"]}, {markdown(setting["name"])}
 
-A residual network for 32x32 images in {len(config["classes"])} classes: {", ".join(config["classes"])}.
+A residual network for 32x32 images in {len(config["classes"])} classes: {markdown(", ".join(config["classes"]))}.
 
 | split | accuracy | 95 % interval | images |
 | --- | --- | --- | --- |
 {results}
 
-- Trained on {config["data"]}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
+- Trained on {markdown(config["data"])}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
   {chosen}. One run: n = 1 seed.{start}
 - {members}
 - It knows small pictures that are filled by one object. It can be wrong on anything else.

@@ -109,7 +109,8 @@ def line_of(number: int) -> tuple[str, Any]:
 def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
     epochs = np.arange(1, curves.shape[1] + 1)
-    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1], marker="o" if len(epochs) == 1 else None)
+    alone = {"marker": "o", "clip_on": False} if len(epochs) == 1 else {}
+    axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1], **alone)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if len(curves) > 1:
         axes.fill_between(epochs, curves.min(0), curves.max(0), color=line[0], alpha=0.18, linewidth=0)
@@ -157,7 +158,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
         bottom = min(value for *_, value, _ in told) - 6
         for row, curves, line, _, text in told:
             mean = curves.mean(0)
-            starts.append(int((mean > bottom).argmax()))
+            starts.append(1 + int((mean > bottom).argmax()))
             if enlarged:
                 window = max(1, len(mean) // 20)
                 axes.plot(np.arange(1, len(mean) + 1), mean, color=line[0], alpha=0.3, linewidth=0.7)

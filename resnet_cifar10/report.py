@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image, ImageDraw
 
 from . import findings, plots
-from .errors import printable
+from .errors import markdown, printable
 from .explain import activation, heat_map
 from .figure import entry, figure
 from .files import check_writable, write
@@ -98,9 +98,10 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     }
 
 
-def _mean(row: Row, split: str, name: str, what: str) -> float:
-    """Average a class's recall or precision over the seeds, in percent."""
-    return float(np.mean([measured["per_class"][name][what] for measured in row.measured(split)]))
+def _mean(row: Row, split: str, name: str, what: str) -> str:
+    """Average a class's recall or precision over the seeds that have one, in percent."""
+    values = [value for measured in row.measured(split) if (value := measured["per_class"][name][what]) is not None]
+    return f"{np.mean(values):.1f}" if values else "–"
 
 
 def contact_sheet(mistakes: Sequence[dict[str, Any]]) -> Picture:
@@ -147,13 +148,6 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
     return raster("photos", told, figure(entries)), note
 
 
-def markdown(value: Any) -> Any:
-    """Escape what Markdown would read as markup; a line break in a table cell becomes <br>."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return re.sub(r"([\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w))", r"\\\1", value).replace("\n", "<br>")
-
-
 def portable(path: str | Path) -> str:
     """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
     if Path(path).is_relative_to(Path.cwd()):
@@ -188,7 +182,7 @@ def report(
     rows = read_rows(folders)
     data = next((run.environment["data"] for row in rows for run in row.runs if run.environment), "unknown data")
     try:
-        text_of_words = words.read_text() if words else ""
+        text_of_words = words.read_text("utf-8-sig").lstrip() if words else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--words: {words} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
     heading = re.match(r"# (.+)(?:\n|$)", text_of_words)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, model_validator
 
+from .errors import printable
+from .evaluate import wilson_interval
 from .files import read_json, validated
-from .run_folder import read_metrics
+from .run_folder import FAILED, read_metrics
 from .settings import Setting
 
 FEW = 6  # settings: their lines can be told apart, all are named, and each is compared with the best
@@ -24,7 +26,7 @@ ALIKE = 1.35  # a factor between signals that a plot over orders of magnitude do
 
 @dataclass(frozen=True)
 class Run:
-    """One setting with one seed. `result` is the content of result.json, {} while the run is unfinished."""
+    """One setting with one seed. `result` is the content of result.json, {} while the run is unfinished or has failed."""
 
     folder: Path
     setting: Setting
@@ -32,6 +34,7 @@ class Run:
     framework: str  # "PyTorch" or "TensorFlow"
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
+    failed: str  # the reason; "" for a run that has not failed
     environment: dict[str, Any]
     signals: np.ndarray[Any, Any] | None  # [2, blocks] in the untrained network: outputs; gradients, the last block's as 1
 
@@ -79,8 +82,8 @@ class Row:
 
 
 class _Class(BaseModel, strict=True):
-    recall: float
-    precision: float
+    recall: float | None  # of no image
+    precision: float | None  # of no image that was taken for it
     n: int
 
 
@@ -134,12 +137,17 @@ def read_run(folder: Path) -> Run:
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         validated(_Result, result, f"{folder / 'result.json'}: damaged")
+    has_failed = not result and (folder / FAILED).exists()
+    failed = printable(str(read_json(folder / FAILED, ("reason",))["reason"])) if has_failed else ""
     metrics = read_metrics(folder) if result or (folder / "metrics.csv").exists() else []
     if len(metrics) < result.get("best_epoch", 0):
         raise ValueError(f"{folder / 'metrics.csv'}: damaged: epochs are missing")
-    environment = read_json(folder / "environment.json", ("data",)) if metrics else {}
+    environment: dict[str, Any] = {}
+    if metrics or (folder / "environment.json").exists():
+        environment = read_json(folder / "environment.json", ("data",))
     framework = "TensorFlow" if claim["framework"] == "tensorflow" else "PyTorch"
-    return Run(folder, setting, claim["seed"], framework, metrics, result, environment, _read_signals(folder / "signals.json"))
+    signals = _read_signals(folder / "signals.json")
+    return Run(folder, setting, claim["seed"], framework, metrics, result, failed, environment, signals)
 
 
 def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
@@ -290,9 +298,8 @@ def compare(row: Row, other: Row) -> Comparison:
     if tested := welch(a, b):
         compared.p, compared.interval = tested[0], tested[1:]
     elif compared.single:
-        one, two = row.measured("test")[0], other.measured("test")[0]
-        low, high = np.subtract(one["interval_95"], one["accuracy"])
-        other_low, other_high = np.subtract(two["interval_95"], two["accuracy"])
+        images, means = row.measured("test")[0]["n"], (float(np.mean(a)), float(np.mean(b)))
+        (low, high), (other_low, other_high) = (np.subtract(wilson_interval(mean, images), mean) for mean in means)
         below, above = np.hypot(low, other_high), np.hypot(high, other_low)  # Newcombe 1998, method 10
         compared.interval = (compared.gain - float(below), compared.gain + float(above))
     return compared

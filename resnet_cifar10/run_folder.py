@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import JobFailed
 from .files import check_writable, read_json, write, write_json
 from .storage import read_tensors, write_tensors
 from .train import Checkpoint
 
 ROOM = 32  # times the weights in float32: 3 checkpoints x 4 tensors (weights, best, 2 of Adam) x 2 (float64), and the model
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
+FAILED = "failed.json"  # of a run that failed: the reason, until it is tried again
 METRICS = (
     "epoch",
     "train_loss",
@@ -108,11 +110,24 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
-    """Save an epoch: metrics.csv and the newest checkpoint, which has the best weights too; the one before it is kept."""
+    """Save an epoch: metrics.csv and the newest checkpoint, which has the best weights too; the one before it is kept.
+
+    Raises:
+        JobFailed: If the folder is no longer there.
+
+    """
+    if not (folder / "environment.json").exists():
+        raise JobFailed(f"{folder}: was removed while it was worked on")
     write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / PREVIOUS)
     write_tensors(folder / LAST, checkpoint.tensors, checkpoint.state)
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """Leave the reason in the folder of a run that failed, where that is still there; the report tells it."""
+    if folder.exists():
+        write_json(folder / FAILED, {"reason": reason})
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:

@@ -134,6 +134,8 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
         values = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a TOML settings file: its text is not in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
     table = validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
@@ -147,7 +149,7 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
         if (twin := seen.setdefault(setting.slug, setting)) is not setting:
             raise ValueError(
                 f"{path}: key 'name': '{setting.name}' and '{twin.name}' give the same run folder "
-                f"'{setting.slug}'; names must differ in their letters and digits"
+                f"'{setting.slug}'; names must differ in their letters a-z and digits"
             )
     for name in only:
         if slug(name) not in seen:

@@ -27,7 +27,7 @@ from .machine import computes_in_bfloat16, environment, has_compiler, keep_memor
 from .model import ResNet, parameter_count
 from .processes import from_first, joined_processes, of_all
 from .progress import progress
-from .run_folder import check_room, has_checkpoint, locked, resume, save, save_best
+from .run_folder import FAILED, check_room, has_checkpoint, locked, note_failure, resume, save, save_best
 from .settings import Setting
 from .signals import signals
 from .sources import load
@@ -85,6 +85,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                         raise
                     failed.append(f"{setting.name}, seed {seed}: {one_line(error)}; a smaller batch_size or width helps")
                 print(f"failed: {failed[-1]}")
+                if rank == 0:
+                    note_failure(folder, failed[-1])
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
@@ -152,6 +154,8 @@ def run(
     }
     facts = of_all(facts)
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
+    if rank == 0:
+        (folder / FAILED).unlink(missing_ok=True)
     if rank == 0 and checkpoint is None:
         write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, run
 from PIL import Image
 
+from resnet_cifar10.finish import write_card
 from resnet_cifar10.infer import BUILT_IN
 from resnet_cifar10.storage import load_model
 
@@ -92,6 +93,14 @@ def test_a_missing_package_is_named_with_its_extra(
     done = run(*command.replace("OUT", str(tmp_path / "out")).split(), status=2)
     assert f"needs {package}: pip install 'resnet-cifar10[{extra}]'" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_card_shows_names_as_they_are(digits_run: Path, tmp_path: Path) -> None:
+    config = json.loads((digits_run / "model" / "config.json").read_text())
+    config |= {"classes": ["<b>bold", "$x$"], "setting": config["setting"] | {"name": "One *epoch* | [a](b)"}}
+    write_card(tmp_path, config)
+    card = (tmp_path / "README.md").read_text()
+    assert "classes: \\<b\\>bold, \\$x\\$." in card and "| name | One \\*epoch\\* \\| \\[a\\](b) |" in card
 
 
 def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:

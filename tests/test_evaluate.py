@@ -65,14 +65,14 @@ def test_the_summary_equals_scikit_learn():
         assert summary[f"{key}_scaled"] == getattr(ev, key)(logits / 2, labels)
 
 
-def test_classes_that_are_never_true_or_never_predicted_count_as_zero():
+def test_what_cannot_be_told_of_a_class_is_none():
     logits = torch.tensor([[5.0, 0, 0, 0], [5.0, 0, 0, 0], [0, 0, 5.0, 0]])
     labels = torch.tensor([0, 1, 0])
     rows = ev.evaluate(logits, labels, tuple("abcd"), 1.0)["per_class"]
     assert rows["a"] == {"precision": 50, "recall": 50, "n": 2}
-    assert rows["b"] == {"precision": 0, "recall": 0, "n": 1}
-    assert rows["c"] == {"precision": 0, "recall": 0, "n": 0}
-    assert rows["d"] == {"precision": 0, "recall": 0, "n": 0}
+    assert rows["b"] == {"precision": None, "recall": 0, "n": 1}
+    assert rows["c"] == {"precision": 0, "recall": None, "n": 0}
+    assert rows["d"] == {"precision": None, "recall": None, "n": 0}
 
 
 # --- calibration ---

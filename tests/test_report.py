@@ -298,8 +298,8 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
     assert (
-        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 %). It classifies 92.40 ± 0.26 % "
-        "of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
+        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images). "
+        "It classifies 92.40 ± 0.26 % of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
         "Setting #3 has one finished seed: with another seed the distances from it may differ."
     ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
@@ -325,7 +325,7 @@ def test_comparisons_name_the_differing_keys_and_what_the_seeds_can_tell(out: Pa
     p, low, high = found
     assert low < high < 0
     interval = f"−{-low:.2f} to −{-high:.2f}"
-    # by hand, with one seed of each: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.1 * 7.9 / 10,000) = 0.72
+    # by hand, as of one seed each: 1.96 * sqrt(93.5 * 6.5 / 10,000 + 92.4 * 7.6 / 10,000) = 0.71
     assert comparisons(text) == {
         ("Setting #1", "Setting #2"): [
             "lr decay none instead of step and patience 3 instead of none",
@@ -337,7 +337,7 @@ def test_comparisons_name_the_differing_keys_and_what_the_seeds_can_tell(out: Pa
         ("Setting #3", "Setting #2"): [
             "model resnet20 instead of resnet32",
             "+1.10",
-            "+0.38 to +1.82",
+            "+0.39 to +1.81",
             "–",
             "one seed of Setting #3",
         ],
@@ -354,12 +354,26 @@ def test_the_classes_are_told_of_every_setting(out: Path) -> None:
     assert row in (out / "report.md").read_text()
 
 
-def test_a_class_without_images_has_no_accuracy(tmp_path: Path) -> None:
-    file = write_run(tmp_path / "study", ONE, 0, 90.0) / "result.json"
-    test = json.loads(file.read_text())["test"]
-    test["per_class"]["cat"]["n"] = 0
-    change(file, test=test)
-    assert "| cat, 0 | – | 90.0 |" in report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+def test_what_cannot_be_told_of_a_class_does_not_count(tmp_path: Path) -> None:
+    for seed, precision in ((0, None), (1, 60.0), (2, 80.0)):
+        file = write_run(tmp_path / "study", ONE, seed, 90.0) / "result.json"
+        test = json.loads(file.read_text())["test"]
+        test["per_class"]["cat"] = {"recall": None, "precision": precision, "n": 0}
+        change(file, test=test)
+    assert "| cat, 0 | – | 70.0 |" in report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+
+
+def test_a_run_that_failed_is_told_with_the_reason(tmp_path: Path) -> None:
+    for setting in (ONE, TWO):
+        write_json(write_run(tmp_path / "study", setting, 0, None) / "failed.json", {"reason": f"{setting.name}, seed 0: boom"})
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "no run is finished. Runs that failed: 2 of 2; below the table stands why.**" in text
+    assert (
+        text.count("failed after epoch 6 of 6") == 2 and "- Failed: seed 0: boom\n" in text and "still unfinished" not in text
+    )
+    write_run(tmp_path / "study", THREE, 0, 90.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "Runs that failed: 2 of 3;" in text and "still unfinished" not in text
 
 
 def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
@@ -371,6 +385,11 @@ def test_who_reaches_the_goal_is_said(study: Path, tmp_path: Path) -> None:
             change(folder / "result.json", validation=None)
     text = report([study], tmp_path / "out", goal=92).with_suffix(".md").read_text()
     assert "held out to choose by. At least 92 % were asked for: reached by Setting #2 and Setting #3." in text
+    for folder in study.glob("*/seed-*"):
+        if (folder / "result.json").exists():
+            change(folder / "result.json", test=None)
+    text = report([study], tmp_path / "out", goal=92).with_suffix(".md").read_text()
+    assert "At least 92 % were asked for: only test images could tell." in text
 
 
 def test_welch() -> None:
@@ -394,7 +413,7 @@ def test_differences_are_shown_with_their_intervals_and_the_words_of_interpretat
     assert "*overshoot*" in text and "--words" in text
     assert "<h1>Steps &amp; their &lt;size&gt;</h1>" in page and text.startswith("# Steps \\& their \\<size\\>\n")
     assert "3 seeds a setting" in text and "Welch's t test" in text and "With one seed on a side" not in text
-    (tmp_path / "words.md").write_text("# A title alone")
+    (tmp_path / "words.md").write_text("\ufeff\n# A title alone")  # as Windows may write it
     assert "<h1>A title alone</h1>" in report([tmp_path / "study"], tmp_path / "out", words=tmp_path / "words.md").read_text()
 
 
@@ -772,8 +791,8 @@ def test_of_equal_ones_none_is_the_best(tmp_path: Path) -> None:
         write_run(tmp_path / "study", setting, 0, 90.0, validation=91.0)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert (
-        "**Setting #1 and Setting #2 have the same validation accuracy, the highest of 2 settings (91.00 %). Setting #1 "
-        in text
+        "**Setting #1 and Setting #2 have the same validation accuracy, the highest of 2 settings (91.00 % of 5,000 images). "
+        "Setting #1 " in text
     )
     assert "best by validation" not in text and "## In detail: Setting #1" in text
 
@@ -816,7 +835,7 @@ def test_the_best_setting_is_not_that_of_the_luckiest_seed(tmp_path: Path) -> No
         for seed, value in enumerate(values):
             write_run(tmp_path / "study", setting, seed, 90.0, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
-    assert "Setting #2 is the best of 2 settings by validation accuracy (92.00 ± 0.00 %)" in text
+    assert "Setting #2 is the best of 2 settings by validation accuracy (92.00 ± 0.00 % of 5,000 images)" in text
 
 
 def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Path) -> None:
@@ -824,8 +843,8 @@ def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Pat
         write_run(tmp_path / "study", ONE, seed, 90.0, epochs=epochs)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert (
-        "3 epochs without a better validation accuracy (or an equal one and a lower loss) end a run (seed 1 after epoch 5)"
-        in text
+        "3: a run ends after so many epochs without a better validation accuracy (or an equal one and a lower loss) "
+        "(seed 1 after epoch 5)" in text
     )
 
 
@@ -894,7 +913,7 @@ def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_pa
     result["validation"]["n"] = 2000
     write_json(folder / "result.json", result)
     text = report([tmp_path / "study"], tmp_path / "out").read_text()
-    assert " %; a rough choice, for they hold out 2,000 or 5,000 images)" in text
+    assert " % of 2,000 or 5,000 images, a rough choice)" in text
 
 
 def test_intervals_are_drawn_whole(tmp_path: Path, painted: list[Any]) -> None:

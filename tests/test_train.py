@@ -302,6 +302,22 @@ def test_a_run_that_fails_does_not_keep_those_after_it_from_training(
         study.study([setting(name="Wild", **wild), setting(name="Tame", epochs=1)], "images", tmp_path)
     assert "failed: Wild, seed 0" in capsys.readouterr().out
     assert (tmp_path / "tame/seed-0/result.json").exists() and not (tmp_path / "wild/seed-0/result.json").exists()
+    reason = json.loads((tmp_path / "wild/seed-0/failed.json").read_text())["reason"]
+    assert reason.startswith("Wild, seed 0: the loss is no longer finite")  # the report tells it
+
+
+def test_a_folder_that_was_removed_meanwhile_ends_its_run_and_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_before(*arguments: Any) -> None:
+        shutil.rmtree(tmp_path / "test")
+        run_folder.save(*arguments)
+
+    monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
+    monkeypatch.setattr(study, "save", remove_before)
+    with pytest.raises(JobFailed, match=r"seed-0: was removed while it was worked on"):
+        study.study([setting()], "images", tmp_path)
+    assert not [*tmp_path.rglob("seed-0")]
 
 
 def test_a_network_is_compiled_as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
