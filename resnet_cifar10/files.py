@@ -66,7 +66,7 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+        raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: damaged: not a JSON object")
     if missing := [key for key in keys if key not in value]:

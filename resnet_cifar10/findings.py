@@ -76,12 +76,12 @@ def cells(row: Row) -> dict[str, str]:
     accuracy = [f"{spread(tests)}\n(n = {len(tests)})"] if tests else []
     accuracy += ["no test images"] if minutes and not tests else []
     slope = f" {s.leaky_slope:g}" if s.activation == "leaky_relu" else ""
-    accuracy += [
-        (f"seed {run.seed} " if len(row.runs) > 1 else "")
-        + f"{'failed after' if run.failed else 'unfinished:'} epoch {len(run.metrics)} of {s.epochs}"
-        for run in row.runs
-        if not run.result
-    ]
+    states: dict[str, list[str]] = {}
+    for run in (run for run in row.runs if not run.result):
+        state = f"{'failed after' if run.failed else 'unfinished:'} epoch {len(run.metrics)} of {s.epochs}"
+        states.setdefault(state, []).append(str(run.seed))
+    seeds = len(row.runs) > 1
+    accuracy += [f"seed{'s' * (len(those) > 1)} {join(those)} {state}" if seeds else state for state, those in states.items()]
     return {
         "Model": model + (" (pre-activation)" if s.block == "pre" else ""),
         "Batch size": str(s.batch_size),

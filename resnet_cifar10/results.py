@@ -45,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A setting with its runs, ordered by seed; the number, its place in the table, gives its colour in the plots of curves."""
+    """A setting with its runs, ordered by seed; the number, its place in the report, gives its colour in plots of curves."""
 
     number: int
     name: str
@@ -263,8 +263,12 @@ def differing(a: Row, b: Row) -> list[tuple[str, Any, Any]]:
 
 
 def baseline_of(rows: Sequence[Row]) -> Row | None:
-    """Find the row that the others vary: the one from which they differ in the fewest keys."""
-    return min(rows, key=lambda row: sum(len(differing(row, other)) for other in rows), default=None)
+    """Find the row that the others vary: the one from which they differ in the fewest keys, of equal ones the most usual."""
+
+    def rank(row: Row) -> tuple[int, int]:
+        return sum(len(differing(row, other)) for other in rows), len(row.setting.model_dump(exclude_defaults=True))
+
+    return min(rows, key=rank, default=None)
 
 
 @dataclass

@@ -274,7 +274,8 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
         result.unlink()
     page = report([study], tmp_path / "out").read_text()
     assert "no run is finished" in page and "best by validation" not in page
-    assert [row[-1].count("unfinished") for row in _Tables(page).tables[0][1:]] == [3, 3, 2]
+    states = ["seeds 0, 1 and 2 unfinished: epoch 6 of 6"] * 2 + ["seed 0 unfinished: epoch 6 of 6"]
+    assert [row[-1].split("\n")[0] for row in _Tables(page).tables[0][1:]] == states
 
 
 def test_the_only_finished_setting_is_not_called_the_best(tmp_path: Path) -> None:
@@ -479,6 +480,13 @@ def test_of_few_settings_the_best_is_compared_with_each(tmp_path: Path) -> None:
     three = "optimizer adam instead of sgd, lr 0.01 instead of 0.1 and epochs 3 instead of 6"
     assert comparisons(text)["Best", "Setting #2"][0] == three
     assert comparisons(text)["Short", "Setting #2"][0] == "model, optimizer, lr and epochs"
+
+
+def test_of_two_settings_the_usual_one_is_the_baseline(tmp_path: Path) -> None:
+    for row in (ONE.model_copy(update={"name": "Adam", "optimizer": "adam"}), ONE.model_copy(update={"name": "Reference"})):
+        write_run(tmp_path / "study", row, 0, 90.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert [*comparisons(text)] == [("Adam", "Reference")]
 
 
 def test_the_baseline_can_be_named(tmp_path: Path) -> None:
