@@ -851,7 +851,7 @@ def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Pat
         write_run(tmp_path / "study", ONE, seed, 90.0, epochs=epochs)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert (
-        "3: a run ends after so many epochs without a better validation accuracy (or an equal one and a lower loss) "
+        "3 epochs without a better validation accuracy (or an equal one and a lower loss), and the run ends "
         "(seed 1 after epoch 5)" in text
     )
 
