@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import JobFailed
 from .files import check_writable, read_json, write, write_json
 from .storage import read_tensors, write_tensors
 from .train import Checkpoint
@@ -113,11 +112,11 @@ def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> No
     """Save an epoch: metrics.csv and the newest checkpoint, which has the best weights too; the one before it is kept.
 
     Raises:
-        JobFailed: If the folder is no longer there.
+        OSError: If the folder is no longer there, or the disk does not take it.
 
     """
     if not (folder / "environment.json").exists():
-        raise JobFailed(f"{folder}: was removed while it was worked on")
+        raise OSError(f"{folder}: was removed while it was worked on")
     write_metrics(folder, rows)  # before the checkpoint: what it does not know of is dropped on resume
     if (folder / LAST).exists():
         os.replace(folder / LAST, folder / PREVIOUS)
@@ -125,9 +124,8 @@ def save(folder: Path, rows: list[dict[str, Any]], checkpoint: Checkpoint) -> No
 
 
 def note_failure(folder: Path, reason: str) -> None:
-    """Leave the reason in the folder of a run that failed, where that is still there; the report tells it."""
-    if folder.exists():
-        write_json(folder / FAILED, {"reason": reason})
+    """Leave the reason in the folder of a run that failed; the report tells it."""
+    write_json(folder / FAILED, {"reason": reason})
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:

@@ -315,7 +315,7 @@ def test_a_folder_that_was_removed_meanwhile_ends_its_run_and_is_not_begun_anew(
 
     monkeypatch.setattr("resnet_cifar10.study.load", lambda source, part, processes: None if part == "val" else images())
     monkeypatch.setattr(study, "save", remove_before)
-    with pytest.raises(JobFailed, match=r"seed-0: was removed while it was worked on"):
+    with pytest.raises(OSError, match=r"seed-0: was removed while it was worked on"):
         study.study([setting()], "images", tmp_path)
     assert not [*tmp_path.rglob("seed-0")]
 
