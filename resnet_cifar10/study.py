@@ -330,7 +330,8 @@ def _initial_weights(setting: Setting, seed: int, folder: Path, training: Split,
             "otherwise it may have learned from the validation images of this run"
         )
     wanted, there = setting.architecture(len(config["classes"])), config["architecture"]
-    if wrong := [key for key in wanted if wanted[key] != there[key] and key != "weight_init"]:
+    plain = [{key: str(value).removeprefix("sync_") for key, value in each.items()} for each in (wanted, there)]
+    if wrong := [key for key in wanted if plain[0][key] != plain[1][key] and key != "weight_init"]:
         raise ValueError(
             f"{where}: {name} has the {wrong[0]} {there[wrong[0]]!r}; allowed: {wanted[wrong[0]]!r}, as the setting says"
         )

@@ -269,6 +269,14 @@ def test_a_run_starts_from_one_of_another_seed_where_validation_images_are_apart
         claim([(row, 1, tmp_path / "held out")], data)
 
 
+def test_a_model_to_start_from_must_be_built_alike_but_synchronised_or_not(tmp_path: Path) -> None:
+    train_run(setting(epochs=1), 0, data, tmp_path / "first")
+    row = setting(start_from=str(tmp_path / "first"))
+    claim([(row.model_copy(update={"normalization": "sync_batch"}), 0, tmp_path / "alike")], data)
+    with pytest.raises(ValueError, match=r"has the activation 'relu'; allowed: 'gelu', as the setting says"):
+        claim([(row.model_copy(update={"activation": "gelu"}), 0, tmp_path / "other")], data)
+
+
 def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
     claim([(setting(), 0, tmp_path / "run")], data)
     file = tmp_path / "run/setting.json"
