@@ -186,12 +186,14 @@ def _photos(arguments: list[str]) -> list[str]:
     for argument in arguments:
         inside = [argument]
         if os.path.isdir(argument):  # unlike Path, os.path takes names that no disk does
-            inside = sorted(
-                str(file)
-                for file in Path(argument).iterdir()
-                if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."
-                if os.path.isfile(file) or not os.path.exists(file)  # a broken link is told, a pipe would be waited for
-            )
+            seen = sorted(file for file in Path(argument).iterdir() if file.name[0] != ".")
+            # a broken link is told, a pipe would be waited for
+            files = [file for file in seen if os.path.isfile(file) or not os.path.exists(file)]
+            inside = [str(file) for file in files if file.suffix.lower() in PHOTO_SUFFIXES]
+            others = [file.name for file in files if file.suffix.lower() not in PHOTO_SUFFIXES]
+            if inside and others:
+                shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if others[3:] else "")
+                print(printable(f"{argument}: left out, for they do not end like photos: {shown}"), file=sys.stderr)
         if not inside:
             raise ValueError(
                 f"{argument}: holds no photo of its own, and folders in it are not looked into; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import normalise
-from .errors import JobFailed
+from .errors import JobFailed, short
 from .files import check_writable, write
 from .infer import SIZE, onnx_runtime, seal
 from .model import ResNet
@@ -67,12 +68,14 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         The largest difference between ONNX Runtime's and PyTorch's probabilities, and of how many images the label differs.
 
     Raises:
-        ValueError: If the model folder is damaged.
+        ValueError: If the model folder is damaged, or `out` does not end in .onnx.
         JobFailed: If the two disagree by more than 1e-4.
 
     """
     import onnx
 
+    if out.suffix.lower() != ".onnx":  # it may be the name of another file
+        raise ValueError(f"{out}: allowed: a file name that ends in .onnx")
     check_writable(out.parent)
     network, config = load_model(model)
     shapes = {
@@ -81,11 +84,9 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
         "contrast_std": network.widths[1:2],
     }
     for key, wanted in shapes.items():
-        found = np.array(config.get(key) or [])
-        if found.shape != wanted or found.dtype.kind not in "fi":
-            raise ValueError(
-                f"{model}: config.json: key '{key}': found {found.dtype} of shape {found.shape}; allowed: numbers of {wanted}"
-            )
+        found = np.array(config.get(key) or [], object)  # of lists as they are, also of unequal lengths
+        if found.shape != wanted or not all(type(value) in (int, float) and math.isfinite(value) for value in found.flat):
+            raise ValueError(f"{model}: config.json: key '{key}': found {short(config.get(key))}; allowed: numbers of {wanted}")
     deployed = _Deployed(network, config).eval()
     if images is None:
         images = torch.randint(0, 256, (256, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

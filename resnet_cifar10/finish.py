@@ -196,7 +196,8 @@ import numpy, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
-image = numpy.asarray(ImageOps.fit(Image.open("photo.jpg").convert("RGB"), (32, 32), Image.Resampling.BOX))
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = numpy.asarray(ImageOps.fit(photo, (32, 32), Image.Resampling.BOX))
 print(session.get_modelmeta().custom_metadata_map["classes"].split("\\n"))
 print(session.run(["probabilities"], {{"images": image[None]}})[0])
 ```

@@ -61,7 +61,7 @@ def model_folder(model: str | Path) -> Path:
     )
 
 
-class _Config(BaseModel, strict=True):  # what is needed of config.json; the rest is for readers
+class _Config(BaseModel, strict=True, allow_inf_nan=False):  # what is needed of config.json; the rest is for readers
     architecture: dict[str, Any]
     classes: list[str] = Field(min_length=2)
     mean: list[float] = Field(min_length=3, max_length=3)
@@ -83,6 +83,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     checked = validated(_Config, config, str(folder / "config.json"))
     if len(set(checked.classes)) < len(checked.classes):
         raise ValueError(f"{folder / 'config.json'}: key 'classes': found a name twice; allowed: different names")
+    if wrong := [name for name in checked.classes if not (name and name.isprintable())]:
+        raise ValueError(f"{folder / 'config.json'}: key 'classes': found {one_line(repr(wrong[0]))}; allowed: printable names")
     return config | checked.model_dump()
 
 
@@ -126,10 +128,13 @@ class Classifier:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             blank = np.zeros((1, SIZE, SIZE, 3), np.uint8)
             shape = self.session.run(["probabilities", "membership", "activation_map"], {"images": blank})[0].shape
+            named = self.session.get_modelmeta().custom_metadata_map.get("classes")
         except Exception as error:  # ONNX Runtime's errors share no base class below Exception
             raise ValueError(f"{file}: not an ONNX model: {one_line(error)}") from None
         if shape != (1, len(self.classes)):
             raise ValueError(f"{file}: gives {shape[-1]} classes, config.json names {len(self.classes)}")
+        if named not in (None, "\n".join(self.classes)):
+            raise ValueError(f"{file}: its classes are not those of config.json; 'resnet-cifar10 export' writes it anew")
 
     def classify(self, views: np.ndarray[Any, np.dtype[np.uint8]]) -> Prediction:
         """Average probabilities and membership over a photo's views [V, 32, 32, 3]; refuse it below the threshold."""

@@ -182,7 +182,8 @@ def application(model: str, host: str) -> ASGIApp:
     async def classify(request: Request) -> Response:
         if slots.locked():
             raise HTTPException(503, "too many photos at once", COME_BACK)
-        explain = request.query_params.get("explain") == "1"
+        if (explain := request.query_params.get("explain", "0")) not in ("0", "1"):
+            raise HTTPException(400, f"explain={printable(explain)[:20]}: allowed are 0 and 1")
         async with slots:
             try:
                 async with asyncio.timeout(SECONDS):
@@ -191,7 +192,7 @@ def application(model: str, host: str) -> ASGIApp:
                 raise HTTPException(408, f"no complete request within {SECONDS:g} seconds", {"Connection": "close"}) from None
             except ClientDisconnect:
                 return Response(status_code=400)  # for nobody
-            answers = [{"file": name, **await answer(content, explain)} for name, content in files]
+            answers = [{"file": name, **await answer(content, explain == "1")} for name, content in files]
         if len(answers) > 1:
             return JSONResponse(answers)
         return JSONResponse(answers[0], 422 if "error" in answers[0] else 200)
@@ -324,6 +325,7 @@ def serve(model: str, host: str, port: int) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a bad form is its client's concern
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
     config = uvicorn.Config(
         app,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,11 +19,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COLOURS, CONFIG, ROOT, run
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from resnet_cifar10.data import Split
 from resnet_cifar10.export import describe
-from resnet_cifar10.files import write
+from resnet_cifar10.files import write, write_json
 from resnet_cifar10.finish import member_photos, mistakes, rejection_threshold
 from resnet_cifar10.infer import BUILT_IN, Classifier, Prediction
 from resnet_cifar10.model import ResNet
@@ -201,10 +202,12 @@ def test_what_is_said_of_a_photo() -> None:
 def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32" / "model.onnx").read_bytes())
     (tmp_path / "resnet_cifar10.py").write_text("raise ImportError('this package must not be needed')")
-    photo.save(tmp_path / "photo.jpg")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    photo.save(tmp_path / "photo.jpg", exif=turned)
     classifier = Classifier("resnet32")
     with Image.open(tmp_path / "photo.jpg") as image:
-        small = np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.BOX))[None]
+        small = np.asarray(ImageOps.fit(ImageOps.exif_transpose(image), (32, 32), Image.Resampling.BOX))[None]
     expected = classifier.session.run(["probabilities"], {"images": small})[0][0]
     readme, card = (
         file.read_text().partition("```python\n")[2].partition("```")[0]
@@ -265,12 +268,17 @@ def test_onnx_equals_pytorch_whatever_the_batch(model: Path) -> None:
 def test_what_is_no_number_is_not_exported(tmp_path: Path) -> None:
     network = ResNet(8, 3)
     network.linear.weight.data[0, 0] = torch.nan
-    for key, value in (("contrast_mean", [None] * 32), ("class_directions", [[0.0] * 64])):
+    for key, value in (
+        ("contrast_mean", [None] * 32),
+        ("class_directions", [[0.0] * 64]),
+        ("class_directions", [[0.0] * 64, [0.0]]),
+    ):
         save_model(tmp_path, ResNet(8, 3), CONFIG | {key: value})
         assert f"key '{key}': found" in run("export", tmp_path, "--out", tmp_path / "a.onnx", status=2).err
     save_model(tmp_path, network, CONFIG)
     assert "differ by nan" in run("export", tmp_path, "--out", tmp_path / "a.onnx", status=1).err
     assert not (tmp_path / "a.onnx").exists()
+    assert "allowed: a file name that ends in .onnx" in run("export", tmp_path, "--out", tmp_path / "config.json", status=2).err
 
 
 def test_a_wider_network_is_finished_and_exported_too(tmp_path: Path) -> None:
@@ -510,6 +518,9 @@ def test_a_folder_and_standard_input(model: Path, photo: Image.Image, tmp_path: 
     assert a["probabilities"] == stdin["probabilities"]
     (tmp_path / "empty").mkdir()
     assert cli("infer", tmp_path / "empty", "--model", model)[0] == 2
+    (tmp_path / "c.heic").touch()
+    status, output, errors = cli("infer", tmp_path, "--model", model)
+    assert (status, output.count("\n"), errors.count("\n")) == (0, 2, 1) and "do not end like photos: c.heic" in errors
 
 
 def test_odd_names_are_shown_on_one_line_and_what_a_system_hides_is_no_photo(
@@ -530,8 +541,8 @@ def test_a_model_of_others_sends_no_codes_to_the_terminal(model: Path, photo: Im
     classes = [f"\x1b[2J{name}" for name in CONFIG["classes"]]
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG | {"classes": classes}))
     status, output, errors = cli("infer", tmp_path / "photo.png", "--model", tmp_path / "model")
-    assert (status, errors, output.count("\n")) == (0, "", 1)
-    assert "[2J" in output and output[:-1].isprintable()
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert "[2J" in errors and errors[:-1].isprintable()
 
 
 def test_a_run_that_was_killed_while_it_was_finished_is_no_model(model: Path, photo: Image.Image, tmp_path: Path) -> None:
@@ -570,12 +581,18 @@ def test_a_broken_model_folder_is_refused_with_the_reason(
         ("config.json", b'{"classes": ["a", "b"]}', "'architecture'"),
         ("config.json", json.dumps(CONFIG | {"rejection_threshold": []}).encode(), "'rejection_threshold'"),
         ("config.json", json.dumps(CONFIG | {"classes": ["a", "b", "a"]}).encode(), "'classes': found a name twice"),
+        ("config.json", json.dumps(CONFIG | {"classes": ["a", "b", "c\nd"]}).encode(), "allowed: printable names"),
+        ("config.json", json.dumps(CONFIG | {"rejection_threshold": math.nan}).encode(), "'rejection_threshold': found nan"),
     ):
         if content is not None:
             (broken / file).write_bytes(content)
         status, _, errors = cli("infer", tmp_path / "photo.png", "--model", broken)
         assert (status, errors.count("\n")) == (2, 1)
         assert reason in errors
+    config = json.loads((model / "config.json").read_text())
+    (broken / "model.onnx").write_bytes((model / "model.onnx").read_bytes())
+    write_json(broken / "config.json", config | {"classes": config["classes"][::-1]})
+    assert "its classes are not those of config.json" in cli("infer", tmp_path / "photo.png", "--model", broken)[2]
     (broken / "config.json").unlink()
     assert "config.json: missing" in cli("infer", tmp_path / "photo.png", "--model", broken)[2]
     assert "built-in" in cli("infer", tmp_path / "photo.png", "--model", "resnet999")[2]

@@ -116,6 +116,7 @@ def test_the_heat_map_comes_only_when_asked(port: int) -> None:
     with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
         assert (picture.format, picture.size) == ("JPEG", (80, 60))
     assert "heat_map" not in classify(port, query="?explain=0")[2]
+    assert classify(port, query="?explain=true")[::2] == (400, {"error": "explain=true: allowed are 0 and 1"})
 
 
 def test_which_model_and_how_good(port: int) -> None:
