@@ -113,11 +113,9 @@ def meaning(row: Row) -> dict[str, str]:
     }[s.lr_decay]
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
     since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
-    counted = f", counted from {since} on," if since else ""
-    rule = (
-        f"{s.patience} epoch{'s' * (s.patience != 1)} without a better validation accuracy (or an equal one and a lower loss)"
-    )
-    rule += f"{counted}, and the run ends"
+    counted = f", counted from {since} on" if since else ""
+    rule = f"{s.patience} epoch{'s' * (s.patience != 1)} without a better validation accuracy "
+    rule += f"(or an equal one and a lower loss){counted}, and the run ends"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):

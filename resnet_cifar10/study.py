@@ -156,8 +156,8 @@ def run(
     rows, checkpoint, messages = from_first(resume(folder, facts) if rank == 0 else None)
     if rank == 0:
         (folder / FAILED).unlink(missing_ok=True)
-    if rank == 0 and checkpoint is None:
-        write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
+        if checkpoint is None:
+            write_json(folder / "signals.json", signals(setting, seed, training, initial_weights))
     name, world_size = f"{setting.name}, seed {seed}", facts["world_size"]
     for message in messages:
         print(f"{name}: {message}")

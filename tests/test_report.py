@@ -854,6 +854,9 @@ def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Pat
         "3 epochs without a better validation accuracy (or an equal one and a lower loss), and the run ends "
         "(seed 1 after epoch 5)" in text
     )
+    write_run(tmp_path / "step", TWO.model_copy(update={"patience": 1}), 0, 90.0)
+    text = report([tmp_path / "step"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "- Patience: 1 epoch without" in text and " loss), counted from the last decay of lr on, and the run ends\n" in text
 
 
 def test_what_stands_behind_table_and_runs_is_told(out: Path) -> None:
