@@ -78,7 +78,7 @@ def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str
 
 def _class_names(names: Any, where: str) -> tuple[str, ...]:
     """Make sure that what a file says are the names of classes is that."""
-    texts = isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)
+    texts = isinstance(names, list) and all(isinstance(name, str) and name and name.isprintable() for name in names)
     if not texts or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{where}: found {one_line(names)}; allowed: two or more different names of printable characters")
     return tuple(names)

@@ -380,7 +380,7 @@ def test_a_parquet_file_without_class_names_is_not_taken_for_cifar10(tmp_path):
     assert "class names" in sentence(tmp_path)
 
 
-@pytest.mark.parametrize("names", [["cat", "cat"], ["a\nb", "c"], ["a"], "ab", [1, 2], None], ids=repr)
+@pytest.mark.parametrize("names", [["cat", "cat"], ["a\nb", "c"], ["a"], ["", "c"], "ab", [1, 2], None], ids=repr)
 def test_class_names_of_a_parquet_file_are_checked(tmp_path, names):
     write_parquet(tmp_path / "train.parquet", [encoded(image, "PNG") for image in TEST[0][:2]], [0, 1], names)
     assert "train.parquet" in sentence(tmp_path) and "names" in sentence(tmp_path).replace(str(tmp_path), "")
