@@ -63,13 +63,25 @@ def model_folder(model: str | Path) -> Path:
 
 class _Config(BaseModel, strict=True, allow_inf_nan=False):  # what is needed of config.json; the rest is for readers
     architecture: dict[str, Any]
-    classes: list[str] = Field(min_length=2)
+    classes: list[Any]
     mean: list[float] = Field(min_length=3, max_length=3)
     std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
     temperature: float = Field(gt=0)
     rejection_threshold: float
     data: str = "unknown data"
     setting: dict[str, Any] = {}
+
+
+def check_class_names(names: Any, where: str) -> None:
+    """Make sure that what a file says are the names of classes is that.
+
+    Raises:
+        ValueError: With `where`, what was found and what is allowed.
+
+    """
+    texts = isinstance(names, list) and all(isinstance(name, str) and name and name.isprintable() for name in names)
+    if not texts or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"{where}: found {one_line(names)}; allowed: two or more different names of printable characters")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,10 +93,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / "config.json")
     checked = validated(_Config, config, str(folder / "config.json"))
-    if len(set(checked.classes)) < len(checked.classes):
-        raise ValueError(f"{folder / 'config.json'}: key 'classes': found a name twice; allowed: different names")
-    if wrong := [name for name in checked.classes if not (name and name.isprintable())]:
-        raise ValueError(f"{folder / 'config.json'}: key 'classes': found {one_line(repr(wrong[0]))}; allowed: printable names")
+    check_class_names(checked.classes, f"{folder / 'config.json'}: key 'classes'")
     return config | checked.model_dump()
 
 

@@ -20,7 +20,7 @@ from .data import Split, hold_out
 from .decode import decode
 from .download import ARCHIVE
 from .errors import one_line
-from .infer import SIZE
+from .infer import SIZE, check_class_names
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": [], "test": ["test_batch"]}
@@ -74,14 +74,6 @@ def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str
     if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
         raise ValueError(f"{where}: found a label that is not one of 0..{len(classes) - 1} ({len(classes)} classes)")
     return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), classes, source)
-
-
-def _class_names(names: Any, where: str) -> tuple[str, ...]:
-    """Make sure that what a file says are the names of classes is that."""
-    texts = isinstance(names, list) and all(isinstance(name, str) and name and name.isprintable() for name in names)
-    if not texts or len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"{where}: found {one_line(names)}; allowed: two or more different names of printable characters")
-    return tuple(names)
 
 
 # --- the official archive and its folder: pickled batches, read by an unpickler that knows four harmless names ---
@@ -140,7 +132,8 @@ def _from_pickles(members: dict[str, bytes], where: Path, split: str) -> Split |
     names: tuple[str, ...] = CIFAR10_CLASSES
     if "batches.meta" in members:
         meta = _unpickle(members["batches.meta"], f"{where}: batches.meta")
-        names = _class_names(meta.get("label_names"), f"{where}: batches.meta: key 'label_names'")
+        check_class_names(meta.get("label_names"), f"{where}: batches.meta: key 'label_names'")
+        names = tuple(meta["label_names"])
     images, labels = [], []
     for name in (name for name in BATCHES[split] if name in members):
         batch = _unpickle(members[name], f"{where}: {name}")
@@ -215,7 +208,8 @@ def _from_parquet(folder: Path, split: str, processes: int) -> Split | None:
             raise ValueError(
                 f"{file}: not a parquet file with class names, as Hugging Face writes them: {one_line(error)}"
             ) from None
-        named.setdefault(_class_names(said, f"{file}: 'names'"), file)
+        check_class_names(said, f"{file}: 'names'")
+        named.setdefault(tuple(said), file)
     if len(named) > 1:
         first, other, *_ = named.values()
         raise ValueError(f"{other}: its class names are not those of {first}")
@@ -265,7 +259,7 @@ def _from_class_folders(path: Path, split: str, processes: int) -> Split | None:
     if split not in parts:
         return None
     first, classes = next(iter(parts.items()))
-    _class_names(classes, f"{path / first}: its folders")
+    check_class_names(classes, f"{path / first}: its folders")
     if parts[split] != classes:
         differ = ", ".join(sorted(set(parts[split]) ^ set(classes)))
         raise ValueError(f"{path / split}: its classes are not those of {first}/: {differ}")
