@@ -72,8 +72,9 @@ def study_on_ray(
         claim(runs, partial(_load, data))
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
         for *_, folder in todo:
-            with locked(folder):  # an error where somebody else works on it
-                pass
+            with locked(folder) as other:
+                if other:
+                    raise ValueError(f"{folder}: {other} is working on this run")
         print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs")
         # said here and not by .options(): only so has each run on a GPU a process of its own (Ray's issue 47767)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_task)

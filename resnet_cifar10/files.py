@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import one_line, short
+from .errors import one_line, printable, short
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -115,3 +115,10 @@ def check_writable(folder: Path) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{there}: cannot be written; allowed: a folder that can")
     return there
+
+
+def portable(path: str | Path) -> str:
+    """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
+    if Path(path).is_relative_to(Path.cwd()):
+        return printable(str(Path(path).relative_to(Path.cwd())))
+    return printable(Path(path).name if Path(path).is_absolute() else str(path))

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, signed, spread, welch
+from .files import portable
+from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, shared_seeds, signed, spread, welch
 
 COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
 WORDS = {
@@ -125,14 +126,14 @@ def meaning(row: Row) -> dict[str, str]:
     decayed += ", decoupled: each step shrinks a weight by lr times this" if s.optimizer in ("adamw", "muon") else ""
     return {
         "Model": join([f"{s.depth} weighted layers", *parameters]),
-        "First weights": f"those of {s.start_from}" if s.start_from else "random",
+        "First weights": f"those of {portable(s.start_from)}" if s.start_from else "random",
         "Optimizer": momentum if s.optimizer in ("sgd", "muon") else f"betas {s.momentum:g} and 0.999",
         "Weight decay": decayed if s.weight_decay else "none",
         "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "
-        "compare settings only where processor and threads are the same (last section)",
+        "compare settings only where processor, threads and precision are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Failed": "; ".join(run.failed.removeprefix(f"{s.name}, ") for run in row.runs if run.failed) or "none",
@@ -159,11 +160,15 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     tests, validation = best.accuracies("test"), best.accuracies("validation")
     validated = [row for row in rows if row.accuracies("validation")]
     rivals, sizes = len(validated), sorted({measured["n"] for row in validated for measured in row.measured("validation")})
+    seeds = shared_seeds(rows)
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     subject = "It"
     if rivals > 1:
-        settings = f"{rivals} settings{'' if all(row.done for row in rows) else ' with a finished run'}"
-        images = f"{join([f'{size:,}' for size in sizes], 'or')} images{', a rough choice' if len(sizes) > 1 else ''}"
+        settings = f"{rivals} settings{'' if validated == list(rows) else ' with a finished run and validation images'}"
+        images = f"{join([f'{size:,}' for size in sizes], 'or')} images"
+        images += ", a rough choice" if len(sizes) > 1 or not seeds else ""
+        if seeds and any(len(row.done) > len(seeds) for row in validated):
+            images += f"; chosen by seed{'s' * (len(seeds) > 1)} {join(list(map(str, sorted(seeds))))}, which all have"
         reached = f"({spread(validation)} % of {images})"
         text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
         if equals := equal_to(best, rows):
@@ -177,8 +182,11 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
-    if alike := [row.name for row in others if (found := welch(row.accuracies("test"), tests)) and found[0] >= 0.05]:
+    compared = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
+    if alike := [name for name, (p, *_) in compared if p >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
+    if higher := [name for name, (_, low, _) in compared if low > 0]:
+        text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell (each compared by itself)."
     single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
     if single and others:
         once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")
@@ -235,6 +243,8 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     several = [len(row.done) for row in rows if len(row.done) > 1]
     epochs = [row.setting.epochs for row in rows]
     said = []
+    if not any(row.accuracies("test") for row in rows):
+        said.append("No test images: epochs, settings and temperatures were chosen by the same images; expect less of others.")
     if single:
         each = "each " if len(single) > 1 else ""
         of = f"{each}of {named(single)}" if several else "a setting"
@@ -261,7 +271,7 @@ def notes(
     data: str,
 ) -> dict[str, str]:
     """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
-    lines = objective = enlarged = seeds = once = ""
+    lines = objective = enlarged = seeds = once = left_out = ""
     if any(len(row.runs) > 1 for row in rows):
         lines = (
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
@@ -285,6 +295,7 @@ def notes(
         )
     if any(each.single for each in compared):
         once = "With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
+        left_out = "Settings with one seed stand in the table alone. "
     alike = [
         f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of {ALIKE}."
         for first, *more in groups
@@ -315,7 +326,7 @@ def notes(
         "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
         "differences": f"Mean difference in test accuracy against {baseline.name if baseline else ''} with its 95 % interval "
         "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
-        "hollow: by itself only; grey: they cannot. The axis is logarithmic beyond 2 points.",
+        f"hollow: by itself only; grey: they cannot. {left_out}The axis is logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }
 
@@ -324,7 +335,8 @@ def provenance(row: Row) -> dict[str, str]:
     """List the data, machine and versions of a row."""
 
     def seen(*keys: str) -> str:
-        values = [[run.environment.get(key, "unknown") for key in keys] for run in row.runs if run.environment]
+        found = [run.environment for run in row.runs if run.environment]
+        values = [[facts[key] for key in keys if key in facts] or ["unknown"] for facts in found]
         texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
         return " or ".join(dict.fromkeys(texts)) or "not begun"
 
@@ -339,7 +351,7 @@ def provenance(row: Row) -> dict[str, str]:
         "Training images": seen("training_images"),
         "Validation images": seen("validation_images"),
         "Test images": span(measured["n"] for measured in row.measured("test")) or nothing,
-        "Processor": seen("processor"),
+        "Processor": seen("processor", "instructions"),
         "Device, threads": seen("device", "threads"),
         "Precision": seen("precision"),
         "Processes": processes + (statistics if processes != "1" and any(run.environment for run in row.runs) else ""),

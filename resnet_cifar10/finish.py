@@ -18,7 +18,7 @@ from .data import Split
 from .errors import JobFailed, markdown
 from .evaluate import evaluate, fit_temperature, predict
 from .export import EXCESS_WEIGHT, describe, export
-from .files import write, write_json
+from .files import portable, write, write_json
 from .infer import SIZE, Classifier
 from .model import ResNet
 from .photo import encoded, views
@@ -147,6 +147,8 @@ def framed(
 def write_card(folder: Path, config: dict[str, Any]) -> None:
     """Write README.md, the model card: what the network is, how it was made, how good it is and where it fails."""
     setting, accuracy = config["setting"], config["accuracy"]
+    if start := setting.get("start_from"):
+        setting = setting | {"start_from": portable(start)}
     chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
     chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
     members = f"""\
@@ -165,7 +167,7 @@ Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on
         if values
     ]
     results = "\n".join(rows)
-    start = f" Its first weights are those of `{setting['start_from']}`." if setting.get("start_from") else ""
+    first = f" Its first weights are those of `{setting['start_from']}`." if start else ""
     shown = {key: value for key, value in setting.items() if key != "nesterov" or value}  # Muon always is
     keys = "\n".join(f"| {key} | {markdown(value)} |" for key, value in shown.items())
     write(
@@ -184,7 +186,7 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {markdo
 {results}
 
 - Trained on {markdown(config["data"])}, seed {config["seed"]}; weights of epoch {config["best_epoch"]} of {setting["epochs"]},
-  {chosen}. One run: n = 1 seed.{start}
+  {chosen}. One run: n = 1 seed.{first}
 - {members}
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 

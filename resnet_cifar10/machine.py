@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 # a change of these may change the bits of a run: their checksum is recorded with it
 COMPUTING = ("data.py", "evaluate.py", "model.py", "muon.py", "norms.py", "photo_like.py", "tensorflow_twin.py", "train.py")
+BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instructions that compute in it
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
@@ -39,7 +40,7 @@ def computes_in_bfloat16(device: str) -> bool:
     """Say whether the processor multiplies matrices of bfloat16 itself; where it does not, float32 is faster."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(torch.cpu.get_capabilities().get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(feature) for feature in BFLOAT16)
 
 
 def has_compiler() -> bool:
@@ -62,6 +63,7 @@ def environment(device: str) -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*\S)", cpuinfo.read_text() if cpuinfo.exists() else "")
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join((here / name).read_bytes() for name in COMPUTING)).hexdigest()
+    bfloat16 = [feature for feature in BFLOAT16 if torch.cpu.get_capabilities().get(feature)]
     commit = ""
     if (here.parent / ".git").exists() and shutil.which("git"):
         git = ["git", "-C", str(here), "rev-parse", "HEAD"]
@@ -72,9 +74,8 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "system": platform.system(),
-        "processor": model[1] if model else platform.processor(),
-        "cores": os.cpu_count(),
+        "processor": model[1] if model else platform.processor(),  # of a virtual machine often no more than the maker
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *bfloat16]),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,

@@ -80,4 +80,6 @@ def of_all(facts: dict[str, Any]) -> dict[str, Any]:
     for key in ("torch", "code_sha256", "precision", "compiled", "training_sha256"):
         if len(found := sorted({str(each[key]) for each in everyone})) > 1:
             raise ValueError(f"torchrun: found processes whose {key} is {' and '.join(found)}; allowed: one for all")
-    return facts | {key: " and ".join(sorted({each[key] for each in everyone})) for key in ("processor", "device")}
+    return facts | {
+        key: " and ".join(sorted({each[key] for each in everyone})) for key in ("processor", "instructions", "device")
+    }

@@ -21,11 +21,12 @@ from . import findings, plots
 from .errors import markdown, printable
 from .explain import activation, heat_map
 from .figure import entry, figure
-from .files import check_writable, write
+from .files import check_writable, portable, write
 from .infer import Classifier
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
 from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
+from .settings import slug
 
 SOURCES = (
     "resnet_cifar10",
@@ -79,7 +80,7 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     )
     text += (
         f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
-        "validation images, brings that to "
+        f"{'validation' if split == 'test' else 'these same'} images, brings that to "
         f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
         if run.result["validation"]
         else "."
@@ -148,13 +149,6 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
     return raster("photos", told, figure(entries)), note
 
 
-def portable(path: str | Path) -> str:
-    """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
-    if Path(path).is_relative_to(Path.cwd()):
-        return printable(str(Path(path).relative_to(Path.cwd())))
-    return printable(Path(path).name if Path(path).is_absolute() else str(path))
-
-
 def report(
     folders: Sequence[Path],
     out: Path,
@@ -188,12 +182,12 @@ def report(
     heading = re.match(r"# (.+)(?:\n|$)", text_of_words)
     title = heading[1] if heading else f"Results on {data}"
     text_of_words = text_of_words[heading.end() :] if heading else text_of_words
-    finished = {row.name: row for row in rows if row.done}
-    if baseline_name and baseline_name not in finished:
-        allowed = ", ".join(map(repr, finished)) or "none, no setting is finished"
+    finished = {slug(row.name): row for row in rows if row.done}
+    if baseline_name and slug(baseline_name) not in finished:
+        allowed = ", ".join(repr(row.name) for row in finished.values()) or "none, no setting is finished"
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best = best_of(rows)
-    baseline = finished[baseline_name] if baseline_name else baseline_of(list(finished.values()))
+    baseline = finished[slug(baseline_name)] if baseline_name else baseline_of(list(finished.values()))
     rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
     badge = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
@@ -208,7 +202,7 @@ def report(
         overview = [plots.plot_panels(validated, baseline)]
     elif len(validated) > 1:
         overview = [plots.plot_all(validated, enlarged=False)]
-        overview += [plots.plot_all(top, enlarged=True)] if top else []
+        overview += [plots.plot_all(top, enlarged=True)] if len(top) > 1 else []
     alone = [] if many else [(row, plots.plot_one(row)) for row in started]
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -67,13 +67,13 @@ class Row:
         """What its runs were trained with."""
         return self.runs[0].framework
 
-    def measured(self, split: str) -> list[dict[str, Any]]:
-        """The metrics of each finished run that had such a split."""
-        return [run.result[split] for run in self.done if run.result[split]]
+    def measured(self, split: str, seeds: Collection[int] = ()) -> list[dict[str, Any]]:
+        """The metrics of each finished run (of these seeds, if any are named) that had such a split."""
+        return [run.result[split] for run in self.done if run.result[split] and (not seeds or run.seed in seeds)]
 
-    def accuracies(self, split: str) -> list[float]:
+    def accuracies(self, split: str, seeds: Collection[int] = ()) -> list[float]:
         """Percent for each of these."""
-        return [metrics["accuracy"] for metrics in self.measured(split)]
+        return [metrics["accuracy"] for metrics in self.measured(split, seeds)]
 
     def curves(self, key: str) -> np.ndarray[Any, Any]:
         """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
@@ -243,17 +243,24 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float] 
     return float(tested.pvalue), float(low), float(high)
 
 
+def shared_seeds(rows: Sequence[Row]) -> set[int]:
+    """Find the seeds that all validated rows have: each seed holds out other images, so these compare best; may be none."""
+    seeds = [{run.seed for run in row.done} for row in rows if row.accuracies("validation")]
+    return set.intersection(*seeds) if seeds else set()
+
+
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """Choose by the mean validation accuracy; a single finished row needs no choice."""
-    finished = [row for row in rows if row.done]
+    """Choose by the mean validation accuracy over the shared seeds, or else over all; a single finished row needs no choice."""
+    finished, seeds = [row for row in rows if row.done], shared_seeds(rows)
     candidates = [row for row in finished if row.accuracies("validation")] if len(finished) > 1 else finished
-    return max(candidates, key=lambda row: float(np.mean(row.accuracies("validation") or 0)), default=None)
+    return max(candidates, key=lambda row: float(np.mean(row.accuracies("validation", seeds) or 0)), default=None)
 
 
 def equal_to(best: Row, rows: Sequence[Row]) -> list[Row]:
-    """Find the other rows whose mean validation accuracy is as high."""
-    top = np.mean(best.accuracies("validation") or np.nan)
-    return [row for row in rows if row is not best and np.isclose(np.mean(row.accuracies("validation") or np.nan), top)]
+    """Find the other rows whose mean validation accuracy, by which the best one was chosen, is as high."""
+    seeds = shared_seeds(rows)
+    top, *means = (np.mean(row.accuracies("validation", seeds) or np.nan) for row in (best, *rows))
+    return [row for row, value in zip(rows, means, strict=True) if row is not best and np.isclose(value, top)]
 
 
 def differing(a: Row, b: Row) -> list[tuple[str, Any, Any]]:
@@ -360,7 +367,7 @@ def signed(points: float, digits: int = 2) -> str:
 
 
 def join(words: Sequence[str], link: str = "and") -> str:
-    """Join as in a sentence: "a, b and c", or "a; b, c; and d" where a word has a comma of its own."""
-    nested = len(words) > 2 and any(", " in word for word in words)
+    """Join as in a sentence: "a, b and c", or "a; and b, c" where a word has a comma of its own."""
+    nested = len(words) > 1 and any(", " in word for word in words)
     comma, last = ("; ", f"; {link} ") if nested else (", ", f" {link} ")
     return last.join(filter(None, [comma.join(words[:-1]), *words[-1:]]))

@@ -33,25 +33,29 @@ METRICS = (
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[str]:
     """Hold the run folder for this process; the operating system frees the lock of a process that died.
 
-    Raises:
-        ValueError: Naming the process that holds it, where this one is not to wait.
+    Yields:
+        "", or the name of the process that holds it, where this one is not to wait for that.
 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
+        other = ""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{folder}: {file.read() or 'another process'} is working on this run") from None
+            other = file.read() or "another process"
+        if other:
+            yield other
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         try:
-            yield
+            yield ""
         finally:
             file.truncate(0)
 

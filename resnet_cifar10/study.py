@@ -60,7 +60,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         print(f"reading {data}")
         if rank == 0:
             claim(runs, read, framework)
-        failed = []
+        failed, left = [], []
         for number, (setting, seed, folder) in enumerate(runs, 1):
             # looked up anew each time: another command may have done it; the file system of another host may be late
             is_done = from_first((folder / "result.json").exists())
@@ -70,7 +70,11 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                 continue
             others = [other for other, _, place in runs[number:] if not (place / "result.json").exists()]
             later = sum(other.epochs * _relative_cost(other) for other in others)
-            with locked(folder) if rank == 0 else nullcontext():
+            with locked(folder) if rank == 0 else nullcontext() as other:
+                if other := from_first(other):
+                    left.append(f"{setting.name}, seed {seed}: {other} is working on it")
+                    print(left[-1])
+                    continue
                 if from_first((folder / "result.json").exists()):
                     print(f"{setting.name}, seed {seed}: is done by now")
                     continue
@@ -89,6 +93,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     note_failure(folder, failed[-1])
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    if left and rank == 0:
+        raise JobFailed(f"{len(left)} of {len(runs)} runs are left to others: {'; '.join(left)}")
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
@@ -364,7 +370,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch") -> Non
     read("test")  # what is wrong with it is found now, not after hours
     for folder, content in claims:
         if not (folder / "setting.json").exists():
-            with locked(folder):
+            with locked(folder, wait=True):
                 if not (folder / "setting.json").exists():
                     write_json(folder / "setting.json", content)
         _check_claim(folder, content)  # another process may have been quicker

@@ -299,8 +299,9 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
     assert (
-        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images). "
-        "It classifies 92.40 ± 0.26 % of the 10,000 test images of CIFAR-10 correctly (mean ± standard deviation of 3 seeds). "
+        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images; chosen by seed 0, "
+        "which all have). It classifies 92.40 ± 0.26 % of the 10,000 test images of CIFAR-10 correctly (mean ± standard "
+        "deviation of 3 seeds). "
         "Setting #3 has one finished seed: with another seed the distances from it may differ."
     ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
@@ -925,6 +926,27 @@ def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_pa
     write_json(folder / "result.json", result)
     text = report([tmp_path / "study"], tmp_path / "out").read_text()
     assert " % of 2,000 or 5,000 images, a rough choice)" in text
+
+
+def test_settings_are_compared_by_the_seeds_that_all_have_for_each_holds_out_other_images(tmp_path: Path) -> None:
+    for seed, validation in enumerate((80.0, 90.0)):  # seed 1 holds out the easier images
+        write_run(tmp_path / "study", ONE, seed, 85.0, validation=validation)
+    write_run(tmp_path / "study", TWO, 1, 85.0, validation=89.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "**Setting #1 is the best of 2 settings by validation accuracy (85.00 ± 7.07 % of 5,000" in text
+    assert " images; chosen by seed 1, which all have). It" in text
+    shutil.rmtree(tmp_path / "study" / "setting-1" / "seed-1")
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "**Setting #2 is the best of 2 settings by validation accuracy (89.00 % of 5,000 images, a rough choice)." in text
+
+
+def test_a_setting_that_is_surely_better_on_the_test_images_than_the_best_by_validation_is_named(tmp_path: Path) -> None:
+    for seed, more in enumerate((-0.1, 0.0, 0.1)):
+        write_run(tmp_path / "study", ONE, seed, 89.0 + more, validation=91.0)
+        write_run(tmp_path / "study", TWO, seed, 90.0 + more, validation=90.0)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "**Setting #1 is the best" in text
+    assert "The test accuracy of Setting #2 is higher, as the seeds can tell (each compared by itself).**" in text
 
 
 def test_intervals_are_drawn_whole(tmp_path: Path, painted: list[Any]) -> None:

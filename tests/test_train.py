@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -118,6 +119,16 @@ def test_a_run_that_another_command_ends_in_the_meantime_is_left_alone(
     assert contents(folder) == before | contents(undisturbed)
 
 
+def test_a_run_that_another_command_works_on_is_left_to_it_and_the_next_one_trained(tmp_path: Path, undisturbed: Path) -> None:
+    folder, file = unfinished(tmp_path, undisturbed), table(tmp_path)
+    file.write_text(file.read_text() + file.read_text().replace("Small", "More"))
+    with run_folder.locked(folder):
+        left = run("train", file, "--data", "digits", "--out", tmp_path / "runs", status=1)
+    assert f"1 of 2 runs are left to others: Small, seed 0: process {os.getpid()} on " in left.err
+    assert not (folder / "result.json").exists()
+    assert (tmp_path / "runs" / "more" / "seed-0" / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -144,7 +155,7 @@ def test_too_little_memory_fails_one_run_and_not_the_table(
 
 def test_processes_of_one_run_may_differ_in_hardware_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ours: dict[str, Any] = dict.fromkeys(("torch", "code_sha256", "training_sha256", "processor", "device"), "B")
-    ours |= {"precision": "float32", "compiled": False}
+    ours |= {"precision": "float32", "compiled": False, "instructions": "AVX2"}
     theirs = ours | {"processor": "A"}
     assert processes.of_all(ours) == ours  # alone
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)

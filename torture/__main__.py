@@ -225,7 +225,7 @@ def _report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float
 
 Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: scale {options.scale:g} (1 is the full form), seed
 {options.seed}, {seconds / 60:.0f} minutes, commit {facts["git_commit"][:12] or "unknown"}.
-{facts["processor"]}, one core of {facts["cores"]}, {platform.system()} {platform.release()}, Python {facts["python"]};
+{facts["processor"]}, one core of {os.cpu_count()}, {platform.system()} {platform.release()}, Python {facts["python"]};
 {versions}.
 
 {chr(10).join(rows)}
