@@ -89,19 +89,12 @@ def load_model(model: str | Path) -> tuple[ResNet, dict[str, Any]]:
     folder = model_folder(model)
     config = read_config(folder)
     tensors, _ = read_tensors(folder / "model.safetensors")
-    arguments = inspect.signature(ResNet).parameters  # older models lack some
-    config["architecture"] = {key: value.default for key, value in arguments.items()} | config["architecture"]
-    where = f"{folder / 'config.json'}: key 'architecture'"
-    if unknown := config["architecture"].keys() - arguments.keys():
-        raise ValueError(f"{where}: found {min(unknown)!r}; allowed: {', '.join(arguments)}")
-    if (classes := config["architecture"]["classes"]) != len(config["classes"]):
-        raise ValueError(f"{where}: found {classes!r} classes; allowed: the {len(config['classes'])} of key 'classes'")
+    defaults = {key: value.default for key, value in inspect.signature(ResNet).parameters.items()}  # older models lack some
+    config["architecture"] = defaults | config["architecture"] | {"classes": len(config["classes"])}
     try:
         network = ResNet(**config["architecture"])
-    except TypeError:
-        raise ValueError(f"{where}: found a value of a type that no ResNet takes") from None
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: {one_line(error)}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: key 'architecture': {one_line(error)}") from None
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     check_tensors(folder / "model.safetensors", wanted, tensors)
     network.load_state_dict(tensors)
