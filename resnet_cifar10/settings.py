@@ -57,7 +57,7 @@ class Setting(BaseModel):
         parts = self.augmentation.split("_")
         once = len(set(parts)) == len(parts) and not {"flip", "altflip"} <= set(parts)
         checks = {
-            "name": (self.slug and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
+            "name": (slug(self.name) and self.name.isprintable(), "a printable name with at least one of a-z, 0-9"),
             "model": (
                 self.model in {f"resnet{depth}" for depth in range(8, 1203, 6)},
                 "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202",
@@ -96,14 +96,9 @@ class Setting(BaseModel):
         other = {"depth": self.depth, "classes": classes, "shortcut": self.shortcut == "identity"}
         return other | self.model_dump(include=keys)
 
-    @property
-    def slug(self) -> str:
-        """The name as a folder: 'Setting #2' becomes 'setting-2'."""
-        return slug(self.name)
-
 
 def slug(name: str) -> str:
-    """Reduce a name to a-z, 0-9 and single '-'."""
+    """Reduce a name to a-z, 0-9 and single '-', for a folder: 'Setting #2' becomes 'setting-2'."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -146,13 +141,13 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
     ]
     seen: dict[str, Setting] = {}
     for setting in settings:
-        if (twin := seen.setdefault(setting.slug, setting)) is not setting:
+        if (twin := seen.setdefault(slug(setting.name), setting)) is not setting:
             raise ValueError(
                 f"{path}: key 'name': '{setting.name}' and '{twin.name}' give the same run folder "
-                f"'{setting.slug}'; names must differ in their letters a-z and digits"
+                f"'{slug(setting.name)}'; names must differ in their letters a-z and digits"
             )
     for name in only:
         if slug(name) not in seen:
             raise ValueError(f"{path}: no setting named '{name}'; there are: {', '.join(repr(s.name) for s in settings)}")
     wanted = {slug(name) for name in only} or seen
-    return [setting for setting in settings if setting.slug in wanted]
+    return [setting for key, setting in seen.items() if key in wanted]

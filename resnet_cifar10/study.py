@@ -28,7 +28,7 @@ from .model import ResNet, parameter_count
 from .processes import from_first, joined_processes, of_all
 from .progress import progress
 from .run_folder import FAILED, check_room, has_checkpoint, locked, note_failure, resume, save, save_best
-from .settings import Setting
+from .settings import Setting, slug
 from .signals import signals
 from .sources import load
 from .storage import Tensors, load_model
@@ -99,7 +99,7 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
     """Name the folder of every setting with each of its seeds."""
-    return [(setting, seed, out / setting.slug / f"seed-{seed}") for setting in settings for seed in setting.seeds]
+    return [(setting, seed, out / slug(setting.name) / f"seed-{seed}") for setting in settings for seed in setting.seeds]
 
 
 def backend(framework: str) -> Any:

@@ -28,7 +28,7 @@ from resnet_cifar10.plots import INK, draw, label_ends, plot_differences
 from resnet_cifar10.report import pack, report
 from resnet_cifar10.results import Comparison, Row, read_rows, signed, welch
 from resnet_cifar10.run_folder import METRICS, read_metrics, write_metrics
-from resnet_cifar10.settings import Setting
+from resnet_cifar10.settings import Setting, slug
 
 SOURCE = "CIFAR-10"
 
@@ -67,7 +67,7 @@ def write_run(
     framework: str = "pytorch",
 ) -> Path:
     """Write the folder of a run that was best in epoch 5; without a test accuracy it is unfinished."""
-    folder = out / setting.slug / f"seed-{seed}"
+    folder = out / slug(setting.name) / f"seed-{seed}"
     folder.mkdir(parents=True)
     accuracies = [50.0, 70.0, 80.0, 85.0, validation, validation - 2]
     rows = [(i + 1, 0.5, 95.0, 0.5, accuracies[i], setting.lr, 60.0, 30.0) for i in range(epochs)]

@@ -296,7 +296,7 @@ def test_a_damaged_table_gives_settings_or_one_line(edits, tmp_path_factory):
         assert str(error).startswith(f"{file}: ") and str(error).isprintable()
     else:
         assert table and all(isinstance(setting, Setting) for setting in table)
-        assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", setting.slug) for setting in table)
+        assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(setting.name)) for setting in table)
 
 
 # --- the learning rate that a row asks for ---
