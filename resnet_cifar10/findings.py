@@ -223,15 +223,12 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
         gaps.append((train - seen, f"{row.name} {train:.1f} against {seen:.1f} % ({signed(train - seen, 1)} points)"))
     if gaps:
         many = len(gaps) > FEW
-        augmented = [row.setting.augmentation != "none" for row in validated]
         shown = join([text for _, text in ((min(gaps), max(gaps)) if many else gaps)])
-        those = "" if all(augmented) else " where a setting has augmentation"
-        changed = f", on augmented images{those}; on the same images unaltered it is usually higher, and so is the gap"
-        changed = changed if any(augmented) else ""
         text = (
             "A network usually does better on the images that it has learned from. Training against validation accuracy at the "
             f"kept epoch, both as measured while training{'; least and most' if many else ''}: {shown}. Training accuracy is "
-            f"counted during the epoch, while the network still learns{changed}."
+            "counted during the epoch, while the network still learns, and, where there is augmentation, on altered images: "
+            "on the same ones unaltered it is usually higher, and so is the gap."
         )
         found.append(("Overfitting", text))
     return found
