@@ -9,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
 from .errors import JobFailed, without_ctrl_c
 from .infer import SIZE
@@ -20,10 +20,8 @@ from .photo import read_photo, square
 
 CHUNK = 2_500  # images that a process takes at once; fewer are not worth starting one
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-
-def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> Pixels:
+def decode(items: Sequence[bytes | Path], name: str, processes: int = 1) -> NDArray[np.uint8]:
     """Decode images given as bytes (JPEG or PNG) or as files (of any usual format) to uint8 [N, 32, 32, 3].
 
     With more than one process, call it from a module that can be imported, as for every use of multiprocessing.
@@ -54,13 +52,13 @@ def _quiet() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _pixels(item: bytes | Path, name: str) -> Pixels:
+def _pixels(item: bytes | Path, name: str) -> NDArray[np.uint8]:
     if isinstance(item, bytes) and (small := _quick(item)) is not None:
         return small
     return np.asarray(square(read_photo(item if isinstance(item, Path) else io.BytesIO(item), name)))
 
 
-def _quick(content: bytes) -> Pixels | None:
+def _quick(content: bytes) -> NDArray[np.uint8] | None:
     """Decode a JPEG of 32x32 pixels as Pillow would, in a seventh of the time; None: something else, or damaged."""
     if b"\xff\xe1" in content:  # EXIF or XMP data, which may ask to turn it
         return None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from .infer import Classifier
@@ -18,7 +17,7 @@ OPACITY = 0.65  # of the colour over the photo
 COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
 
 
-def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def activation(classifier: Classifier, photo: Image.Image, label: str) -> NDArray[np.float32]:
     """Say how much each place of a photo spoke for a class: float32 [16, 16], in logits, the mean of the views that show it."""
     (maps,) = classifier.session.run(["activation_map"], {"images": views(photo)})
     upright, mirrored = np.split(maps[:, classifier.classes.index(label)], 2)  # each [boxes, 8, 8]
@@ -33,7 +32,7 @@ def activation(classifier: Classifier, photo: Image.Image, label: str) -> np.nda
     return total
 
 
-def heat_map(photo: Image.Image, activation: np.ndarray[Any, np.dtype[np.float32]]) -> Image.Image:
+def heat_map(photo: Image.Image, activation: NDArray[np.float32]) -> Image.Image:
     """Lay an activation map [H, W] over its photo: what spoke against the class is cold, the highest place is hottest."""
     scale = min(1.0, LONGEST_SIDE / max(photo.size))
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))

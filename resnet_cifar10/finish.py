@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -105,26 +106,24 @@ def mistakes(logits: Tensor, split: Split) -> list[dict[str, Any]]:
     ]
 
 
-def rejection_threshold(classifier: Classifier, images: np.ndarray[Any, np.dtype[np.uint8]]) -> float:
+def rejection_threshold(classifier: Classifier, images: NDArray[np.uint8]) -> float:
     """Find the membership that all but 5 % of photos made of images [N, 32, 32, 3] reach; the same images give the same."""
     photos = member_photos(images[:: math.ceil(len(images) / MAX_FRAMED)])
     return float(np.quantile([classifier.classify(views(photo)).membership for photo in photos], REFUSED_MEMBERS))
 
 
-def member_photos(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Iterator[Image.Image]:
+def member_photos(images: NDArray[np.uint8]) -> Iterator[Image.Image]:
     """Make a photo out of each image [N, 32, 32, 3]: in front of its own blurred colours, every second of mirrored tiles."""
     for index, image in enumerate(images):
         yield framed(image, np.random.default_rng([0, index]), mirrored_tiles(image) if index % 2 else None)
 
 
-def mirrored_tiles(image: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
+def mirrored_tiles(image: NDArray[np.uint8]) -> Image.Image:
     """Lay a picture uint8 [32, 32, 3] and its mirror images side by side, three in a row and a column."""
     return Image.fromarray(np.pad(image, ((SIZE, SIZE), (SIZE, SIZE), (0, 0)), "symmetric"))
 
 
-def framed(
-    image: np.ndarray[Any, np.dtype[np.uint8]], rng: np.random.Generator, background: Image.Image | None = None
-) -> Image.Image:
+def framed(image: NDArray[np.uint8], rng: np.random.Generator, background: Image.Image | None = None) -> Image.Image:
     """Make a photo out of a picture uint8 [32, 32, 3]: in front of a background, or else of its own blurred colours.
 
     Its object, taken as the middle three quarters of it, fills 40 to 100 % of the photo's short side, is stretched by up

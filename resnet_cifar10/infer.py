@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from .errors import one_line
@@ -145,7 +146,7 @@ class Classifier:
         if named not in (None, "\n".join(self.classes)):
             raise ValueError(f"{file}: its classes are not those of config.json; 'resnet-cifar10 export' writes it anew")
 
-    def classify(self, views: np.ndarray[Any, np.dtype[np.uint8]]) -> Prediction:
+    def classify(self, views: NDArray[np.uint8]) -> Prediction:
         """Average probabilities and membership over a photo's views [V, 32, 32, 3]; refuse it below the threshold."""
         outputs = self.session.run(["probabilities", "membership"], {"images": views})
         mean, membership = (output.mean(axis=0, dtype=np.float64).tolist() for output in outputs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .errors import one_line
@@ -117,7 +118,7 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def views(photo: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def views(photo: Image.Image) -> NDArray[np.uint8]:
     """Reduce every box of a photo, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
     upright = np.stack([np.asarray(reduced(photo, box)) for box in boxes(*photo.size)])
     return np.concatenate([upright, upright[:, :, ::-1]])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageFont
 
 from .photo import encoded
@@ -106,7 +107,7 @@ def line_of(number: int) -> tuple[str, Any]:
     return LINES[place][0], LINES[(place + again) % len(LINES)][1]
 
 
-def plot_curves(axes: Any, curves: np.ndarray[Any, Any], line: tuple[str, Any]) -> None:
+def plot_curves(axes: Any, curves: NDArray[Any], line: tuple[str, Any]) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
     epochs = np.arange(1, curves.shape[1] + 1)
     alone = {"marker": "o", "clip_on": False} if len(epochs) == 1 else {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, model_validator
 
 from .errors import printable
@@ -36,9 +37,9 @@ class Run:
     result: dict[str, Any]
     failed: str  # the reason; "" for a run that has not failed
     environment: dict[str, Any]
-    signals: np.ndarray[Any, Any] | None  # [2, blocks] in the untrained network: outputs; gradients, the last block's as 1
+    signals: NDArray[Any] | None  # [2, blocks] in the untrained network: outputs; gradients, the last block's as 1
 
-    def curve(self, key: str) -> np.ndarray[Any, Any]:
+    def curve(self, key: str) -> NDArray[Any]:
         """One column of metrics.csv as float [epochs]; NaN where nothing was measured."""
         return np.array([row[key] for row in self.metrics], float)
 
@@ -58,7 +59,7 @@ class Row:
         return [run for run in self.runs if run.result]
 
     @property
-    def signals(self) -> np.ndarray[Any, Any] | None:
+    def signals(self) -> NDArray[Any] | None:
         """Those of the first run that has them."""
         return next((run.signals for run in self.runs if run.signals is not None), None)
 
@@ -75,7 +76,7 @@ class Row:
         """Percent for each of these."""
         return [metrics["accuracy"] for metrics in self.measured(split, seeds)]
 
-    def curves(self, key: str) -> np.ndarray[Any, Any]:
+    def curves(self, key: str) -> NDArray[Any]:
         """Stack the finished runs (none: the longest run) as float [runs, epochs], as far as all of them go."""
         columns = [run.curve(key) for run in self.done] or [max((run.curve(key) for run in self.runs), key=len)]
         return np.stack([column[: min(map(len, columns))] for column in columns])
@@ -150,7 +151,7 @@ def read_run(folder: Path) -> Run:
     return Run(folder, setting, claim["seed"], framework, metrics, result, failed, environment, signals)
 
 
-def _read_signals(file: Path) -> np.ndarray[Any, Any] | None:
+def _read_signals(file: Path) -> NDArray[Any] | None:
     if not file.exists():
         return None
     found = read_json(file, ("activation", "gradient"))

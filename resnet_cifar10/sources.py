@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from .data import Split, hold_out
@@ -68,7 +69,7 @@ def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
     raise ValueError(f"{path}: found {found}; allowed: {allowed}")
 
 
-def _checked(images: np.ndarray[Any, Any], labels: list[int], classes: tuple[str, ...], source: str, where: Path) -> Split:
+def _checked(images: NDArray[Any], labels: list[int], classes: tuple[str, ...], source: str, where: Path) -> Split:
     if not labels:
         raise ValueError(f"{where}: holds no image")
     if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
@@ -88,7 +89,7 @@ class _Array:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def pixels(self) -> np.ndarray[Any, Any]:
+    def pixels(self) -> NDArray[Any]:
         """Rebuild an array of bytes, out of its shape and that many bytes."""
         _, shape, kind, by_columns, content = self.state
         if kind.arguments[0] != "u1":
