@@ -87,15 +87,8 @@ def study_on_ray(
                 ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
                 for ref in ended:
                     setting, seed, folder = tasks.pop(ref)
-                    try:
-                        test = ray.get(ref)["test"]
-                        how = f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
-                    except ray.exceptions.RayError as error:
-                        failed += 1
-                        cause = getattr(error, "cause", error)  # of a bug we show where it is
-                        how = f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
-                        if isinstance(cause, JobFailed):
-                            note_failure(folder, str(cause))
+                    has_failed, how = _ended(ray, ref, folder)
+                    failed += has_failed
                     print(f"{setting.name}, seed {seed}: {how}")
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:
@@ -107,6 +100,18 @@ def study_on_ray(
         raise Interrupted(received[0])
     if failed:
         raise JobFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
+
+
+def _ended(ray: Any, ref: Any, folder: Path) -> tuple[bool, str]:
+    """Say whether a task failed, and how it ended; why a network could not be trained is left in its folder."""
+    try:
+        test = ray.get(ref)["test"]
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", error)  # of a bug we show where it is
+        if isinstance(cause, JobFailed):
+            note_failure(folder, str(cause))
+        return True, f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
+    return False, f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
 
 
 def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
