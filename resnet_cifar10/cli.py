@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from .errors import Interrupted, JobFailed, printable
-from .files import check_writable, write
+from .files import check_file, write
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -130,11 +130,8 @@ def infer(
     from .infer import Classifier
     from .photo import encoded, read_photo, views
 
-    for option, file in (("--figure", figure), ("--explain", explain)):
-        if file and file.suffix.lower() != ".png":
-            raise ValueError(f"{option}: found {printable(str(file))}; allowed: a file name that ends in .png")
-        if file:
-            check_writable(file.parent)
+    for file in filter(None, (figure, explain)):
+        check_file(file, ".png")
     names = _photos(photo)
     if same := {name for name in names for file in (figure, explain) if file and file.resolve() == Path(name).resolve()}:
         raise ValueError(
@@ -216,11 +213,11 @@ def report(
 ) -> None:
     """Write the report of finished and unfinished runs."""
     _need("train", "report")
-    from .report import check_archive, pack
+    from .report import pack
     from .report import report as write_report
 
     if archive:
-        check_archive(archive)
+        check_file(archive, ".zip")
     print(f"report: {write_report(runs, out, photo or [], photo_model, words, baseline, goal)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)

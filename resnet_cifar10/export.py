@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .data import normalise
 from .errors import JobFailed, short
-from .files import check_writable, write
+from .files import check_file, write
 from .infer import SIZE, onnx_runtime, seal
 from .model import ResNet
 from .storage import load_model
@@ -74,9 +74,7 @@ def export(model: str | Path, out: Path, images: Tensor | None = None) -> tuple[
     """
     import onnx
 
-    if out.suffix.lower() != ".onnx":  # it may be the name of another file
-        raise ValueError(f"{out}: allowed: a file name that ends in .onnx")
-    check_writable(out.parent)
+    check_file(out, ".onnx")
     network, config = load_model(model)
     shapes = {
         "class_directions": (len(config["classes"]), network.widths[2]),

@@ -122,3 +122,15 @@ def portable(path: str | Path) -> str:
     if Path(path).is_relative_to(Path.cwd()):
         return printable(str(Path(path).relative_to(Path.cwd())))
     return printable(Path(path).name if Path(path).is_absolute() else str(path))
+
+
+def check_file(path: Path, suffix: str) -> None:
+    """Make sure that a file can be written, and that its name ends as its kind does: another one may be of another file.
+
+    Raises:
+        ValueError: Naming the file, or the folder that stops it.
+
+    """
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise ValueError(f"{path}: allowed: a file name that ends in {suffix}")
+    check_writable(path.parent)

@@ -252,13 +252,6 @@ def report(
     return out / "report.html"
 
 
-def check_archive(out_zip: Path) -> None:
-    """Make sure that a file can be the archive, before a report is written for it."""
-    if out_zip.suffix.lower() != ".zip" or out_zip.is_dir():
-        raise ValueError(f"{out_zip}: allowed: a file name that ends in .zip")
-    check_writable(out_zip.parent)
-
-
 def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     """Pack the sources and the report into one archive for handing in; equal files give equal bytes.
 
