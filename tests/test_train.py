@@ -90,7 +90,7 @@ def unfinished(tmp_path: Path, run: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("key", ["threads", "code_sha256"])
+@pytest.mark.parametrize("key", ["instructions", "code_sha256"])
 def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_mark(
     tmp_path: Path, undisturbed: Path, key: str
 ) -> None:
