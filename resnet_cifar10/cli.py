@@ -161,7 +161,7 @@ def infer(
                 from .figure import entry
                 from .figure import figure as draw
 
-                pictures.append(entry(printable(Path(name).name), image, heat, prediction))
+                pictures.append(entry(printable(name), image, heat, prediction))
     if as_json:
         print(json.dumps(answers))
     if explain and answers:
@@ -204,7 +204,9 @@ def _photos(arguments: list[str]) -> list[str]:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that 'train --out' wrote.")],
     out: Annotated[Path, typer.Option(help="Where report.html, report.md and the plots go.")],
-    photo: Annotated[list[Path] | None, typer.Option(help="A photo to classify; repeatable.", metavar="PHOTO")] = None,
+    photo: Annotated[
+        list[str] | None, typer.Option(help="A photo to classify, or a folder of photos; repeatable.", metavar="PHOTO")
+    ] = None,
     photo_model: Annotated[str | None, typer.Option(help=f"{MODEL_HELP} Default: the best run.")] = None,
     words: Annotated[Path | None, typer.Option(help="A Markdown file for 'Why'; '# ...' above it is the title.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The setting that the others are compared with.")] = None,
@@ -218,7 +220,9 @@ def report(
 
     if archive:
         check_file(archive, ".zip")
-    print(f"report: {write_report(runs, out, photo or [], photo_model, words, baseline, goal)}")
+    print(
+        f"report: {write_report(runs, out, [Path(name) for name in _photos(photo or [])], photo_model, words, baseline, goal)}"
+    )
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
         print(f"packed: {archive}")

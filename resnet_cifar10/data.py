@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from .infer import SIZE
 from .photo_like import photo_like
 
 CROP_PADDING = 4  # pixels on each side before the random crop (He et al. 2015, section 4.2)
-CUTOUT_SIZE = 8  # side of the erased square; DeVries & Taylor 2017 take 16 for wider networks and longer runs
+CUTOUT_SIZE = 8  # side of the filled square; DeVries & Taylor 2017 take 16 for wider networks and longer runs
 MIXUP_ALPHA = 0.2  # Zhang et al. 2018, section 3.1
 
 
@@ -86,12 +86,30 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
+def moved(images: Tensor, i: Tensor, top: Tensor, left: Tensor, flip: Tensor, hole: Sequence[Tensor], fill: Tensor) -> Tensor:
+    """Take the images at the indices i [B] out of uint8 [N, 32, 32, 3]: shifted, mirrored, a square erased.
+
+    Top and left, in pixels, flip, and the row and column of the hole's middle (or none) are [B, 1]; `fill` is the colour of
+    what is missing.
+    """
+    span = torch.arange(SIZE, device=images.device)
+    rows, columns = top + span, left + torch.where(flip, span.flip(0), span)
+    outside_rows, outside_columns = ((place < 0) | (place >= SIZE) for place in (rows, columns))
+    missing = outside_rows[:, :, None] | outside_columns[:, None, :]
+    if hole:
+        in_rows, in_columns = ((2 * (span - middle) + 1).abs() < CUTOUT_SIZE for middle in hole)
+        missing |= in_rows[:, :, None] & in_columns[:, None, :]
+    rows, columns = rows.clamp(0, SIZE - 1), columns.clamp(0, SIZE - 1)
+    return torch.where(missing[..., None], fill, images[i[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+
 def batches(
     split: Split, batch_size: int, augmentation: str, seed: int, epoch: int, fill: Tensor, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented batches of one epoch: each image once, the last batch may be smaller.
 
-    Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator.
+    Order and augmentation are a function of (seed, epoch) alone, so a resumed run needs no state of a generator. Which images
+    photo alters, and which ones photo and mixup put together, depends on the number of processes too.
 
     Args:
         split: The training images, on the device where the batches are wanted.
@@ -116,33 +134,24 @@ def batches(
     def draw(below: int) -> Tensor:
         return torch.randint(below, (n, 1), generator=rng).to(device)
 
-    def outside(position: Tensor) -> Tensor:
-        return (position < 0) | (position >= SIZE)
-
     order = torch.randperm(n, generator=rng).to(device)
     pad = CROP_PADDING if "crop" in parts else 0
     top, left, flip = draw(2 * pad + 1) - pad, draw(2 * pad + 1) - pad, draw(2 if "flip" in parts else 1).bool()
     if "altflip" in parts:
         flip ^= torch.from_numpy((np.random.default_rng([seed, 0]).integers(2, size=(n, 1)) + epoch) % 2 == 1).to(device)
     hole_y, hole_x = draw(SIZE), draw(SIZE)
-    uniform = torch.rand(n, 17, generator=rng).to(device)  # of photo
-    noise_rng = rng if device.type == "cpu" else torch.Generator(device).manual_seed(rng.initial_seed())  # a copy would wait
+    uniform = torch.rand(n, 17, generator=rng).to(device)  # all that photo_like draws of each image; also where it is not used
+    noise_rng = rng if device.type == "cpu" else torch.Generator(device).manual_seed(rng.initial_seed())  # not copied
     mixing = np.random.default_rng([seed, epoch])  # PyTorch draws Beta from its global generator only
 
-    span = torch.arange(SIZE, device=device)
     one_hot = torch.eye(len(split.classes), device=device)
     for start in range(0, n, batch_size):
         i = order[start : start + batch_size][rank::processes]
         if "photo" in parts:  # every second image, so that the network stays good on images as they are
-            for offset in (top, left):  # framed by photo_like instead
+            for offset in (top, left):  # which are not shifted here, photo_like does that
                 offset.index_fill_(0, i[::2], 0)
-        rows, columns = top[i] + span, left[i] + torch.where(flip[i], span.flip(0), span)
-        images = split.images[i[:, None, None], rows.clamp(0, SIZE - 1)[:, :, None], columns.clamp(0, SIZE - 1)[:, None, :]]
-        erased = outside(rows)[:, :, None] | outside(columns)[:, None, :]
-        if "cutout" in parts:
-            in_rows, in_columns = ((2 * (span - hole[i]) + 1).abs() < CUTOUT_SIZE for hole in (hole_y, hole_x))
-            erased |= in_rows[:, :, None] & in_columns[:, None, :]
-        images = torch.where(erased[..., None], fill, images)
+        hole = (hole_y[i], hole_x[i]) if "cutout" in parts else ()
+        images = moved(split.images, i, top[i], left[i], flip[i], hole, fill)
         targets = one_hot[split.labels[i]]
         if "photo" in parts:
             half = images[::2]

@@ -87,7 +87,7 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
     Recall is None for a class without images, precision for one that no image was taken for.
     """
     counts = confusion(logits, labels)
-    hits, there, taken = (numbers.tolist() for numbers in (counts.diagonal(), counts.sum(1), counts.sum(0)))
+    correct, labelled, predicted = (numbers.tolist() for numbers in (counts.diagonal(), counts.sum(1), counts.sum(0)))
     percent = accuracy(logits, labels)
     return {
         "accuracy": percent,
@@ -100,8 +100,8 @@ def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperatu
         "negative_log_likelihood_scaled": negative_log_likelihood(logits / temperature, labels),
         "calibration_error_scaled": calibration_error(logits / temperature, labels),
         "per_class": {
-            name: {"precision": 100 * h / p if p else None, "recall": 100 * h / n if n else None, "n": n}
-            for name, h, n, p in zip(classes, hits, there, taken, strict=True)
+            name: {"precision": 100 * hits / taken if taken else None, "recall": 100 * hits / n if n else None, "n": n}
+            for name, hits, n, taken in zip(classes, correct, labelled, predicted, strict=True)
         },
         "confusion": counts.tolist(),
     }

@@ -41,7 +41,7 @@ def figure(photos: Sequence[Entry]) -> Image.Image:
             canvas.paste(picture, (x + place * (TILE + GAP), y))
         y += TILE + 6
         draw.text((x, y), prediction.verdict, "#b00020" if prediction.rejected else "#111111", bold)
-        draw.text((x, y + LINE), name if len(name) <= 45 else name[:44] + "…", "#666666", small)
+        draw.text((x, y + LINE), name if len(name) <= 45 else "…" + name[-44:], "#666666", small)
         highest = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[:3]
         for row, (label, probability) in enumerate(highest, 2):
             top = y + row * LINE

@@ -168,7 +168,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         images = f"{join([f'{size:,}' for size in sizes], 'or')} images"
         images += ", a rough choice" if len(sizes) > 1 or not seeds else ""
         if seeds and any(len(row.done) > len(seeds) for row in validated):
-            images += f"; chosen by seed{'s' * (len(seeds) > 1)} {join(list(map(str, sorted(seeds))))}, which all have"
+            images += f"; ranked by seed{'s' * (len(seeds) > 1)} {join(list(map(str, sorted(seeds))))}, which all have"
         reached = f"({spread(validation)} % of {images})"
         text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
         if equals := equal_to(best, rows):
@@ -279,8 +279,10 @@ def notes(
             "With label smoothing or mixed images the training loss contains them; it cannot be compared with the "
             "validation loss, which does not. "
         )
+    if len({row.curves("lr").shape[1] for row in rows} - {0}) > 1:
+        enlarged = " A dotted line only leads from the end of a curve to its name."
     if any(row.curves("lr").shape[1] >= 40 for row in top):  # in fewer epochs, a twentieth is one
-        enlarged = (
+        enlarged += (
             " In the enlarged plot thick lines are running means over a twentieth of the run, in which a jump looks like a "
             "slope that begins before it; thin lines are single epochs."
         )
@@ -308,7 +310,7 @@ def notes(
         "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
         f"can differ from their dot by some tenths of a point, and lie above the end of the curve{unfinished}.{enlarged}",
         "curves": f"{lines}{objective}A dot is the epoch whose weights were kept. Curves and dots were measured while "
-        "training, in the run's own precision.",
+        "training, in the run's own precision. The learning rate, below, stands on a logarithmic axis where it falls in steps.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
         "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
         f"weights{unfinished}.",

@@ -134,7 +134,10 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images [N, 3, 32, 32] to the maps after stages two and three; at width 16 [N, 32, 16, 16] and [N, 64, 8, 8]."""
+        """Map images [N, 3, 32, 32] to the maps after stages two and three; at width 16 [N, 32, 16, 16] and [N, 64, 8, 8].
+
+        The network itself goes on with the last alone; the others help to know a photo of none of the classes (export.py).
+        """
         x = self.activation(self.norm(self.conv(x)))
         last = len(self.blocks) // 3  # blocks of the third stage
         middle = self.blocks[:-last](x)

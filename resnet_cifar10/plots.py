@@ -128,6 +128,7 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, tuple[str, Any
         up = min(max(up, 0), 1)
         place = max(place + step, min(up, 1 - step * (len(ends) - 1 - i)), 0)
         leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        leader["linestyle"] = "-" if across > 0.9 else (0, (1, 3))  # else it would look like a curve
         axes.annotate(text, (across, up), (1.06, place), xycoords="axes fraction", color=colour, va="center", arrowprops=leader)
 
 

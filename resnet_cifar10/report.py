@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import re
 import shlex
 import zipfile
@@ -31,6 +32,7 @@ from .settings import slug
 SOURCES = (
     "resnet_cifar10",
     "settings",
+    "reports",
     "tests",
     "torture",
     "benchmarks",
@@ -86,7 +88,7 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         else "."
     )
     chosen = len(best.done) > 1 and run.result["validation"]
-    which = ", the one with the best validation accuracy" if chosen else ""
+    which = f", of its {len(best.done)} the best on validation images" if chosen else ""
     return {
         "name": best.name,
         "shown": shown,
@@ -270,10 +272,14 @@ def pack(out_zip: Path, report_folder: Path, package_root: Path) -> None:
     }
     for source in (package_root / name for name in SOURCES):
         for file in (source, *source.rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
-                files[file.relative_to(package_root)] = file
+            inside = file.relative_to(package_root)
+            weights = inside.parts[0] == "reports" and file.suffix == ".safetensors"  # three times as large as all the rest
+            if file.is_file() and not weights and not {"__pycache__", "demo"} & set(inside.parts):
+                files[inside] = file
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for inside, file in sorted(files.items()):
-            archive.writestr(zipfile.ZipInfo(f"{out_zip.stem}/{inside.as_posix()}"), file.read_bytes(), zipfile.ZIP_DEFLATED)
+            entry = zipfile.ZipInfo(f"{out_zip.stem}/{inside.as_posix()}")
+            entry.external_attr = (0o755 if os.access(file, os.X_OK) else 0o644) << 16
+            archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
     write(out_zip, content.getvalue())

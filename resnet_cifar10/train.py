@@ -22,7 +22,7 @@ from .muon import Muon
 from .settings import Setting
 from .storage import Tensors, check_tensors
 
-WORST = 1e30  # a loss, which JSON can hold
+WORST = 1e30  # stands for an infinite loss, which JSON cannot hold
 
 
 class Checkpoint(NamedTuple):

@@ -299,7 +299,7 @@ def test_a_run_that_is_not_bit_exact_is_told_also_while_it_is_unfinished(out: Pa
 def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) -> None:
     text = (out / "report.md").read_text()
     assert (
-        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images; chosen by seed 0, "
+        "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images; ranked by seed 0, "
         "which all have). It classifies 92.40 ± 0.26 % of the 10,000 test images of CIFAR-10 correctly (mean ± standard "
         "deviation of 3 seeds). "
         "Setting #3 has one finished seed: with another seed the distances from it may differ."
@@ -621,6 +621,11 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
         "torture/__main__.py",
         "benchmarks/bench.py",
         "docs/report.png",
+        "resnet_cifar10/models/resnet32/model.safetensors",
+        "reports/fast/report.md",
+        "reports/fast/models/one/model.safetensors",
+        "reports/demo/report.md",
+        ".ci/run",
         "runs/fast/result.json",
         "data/test.parquet",
         ".venv/bin/python",
@@ -628,6 +633,7 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
+    (root / ".ci/run").chmod(0o700)
     shutil.copytree(out, tmp_path / "out")
     (tmp_path / "out/plots/photo-3.jpg").write_text("of an earlier report")
     pack(tmp_path / "1234_Name.zip", tmp_path / "out", root)
@@ -635,6 +641,8 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
         names = {name.removeprefix("1234_Name/") for name in archive.namelist()}
         assert archive.read("1234_Name/report/report.html") == (out / "report.html").read_bytes()
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # equal files, equal bytes
+        modes = {member.filename.removeprefix("1234_Name/"): member.external_attr >> 16 for member in archive.infolist()}
+        assert modes == dict.fromkeys(names, 0o644) | {".ci/run": 0o755}
     plots = {f"report/plots/{file.name}" for file in (out / "plots").iterdir()}
     assert names == plots | {
         "pyproject.toml",
@@ -645,6 +653,9 @@ def test_the_archive_holds_sources_and_report_and_nothing_else(out: Path, tmp_pa
         "torture/__main__.py",
         "benchmarks/bench.py",
         "docs/report.png",
+        "resnet_cifar10/models/resnet32/model.safetensors",
+        "reports/fast/report.md",
+        ".ci/run",
         "report/report.html",
         "report/report.md",
     }
@@ -812,7 +823,7 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "The seeds cannot tell its test accuracy from that of Setting #1 (each compared by itself)." in text
-    assert "Its run with seed 1, the one with the best validation accuracy, on the 10,000 test images." in text
+    assert "Its run with seed 1, of its 2 the best on validation images, on the 10,000 test images." in text
 
 
 def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:
@@ -934,7 +945,7 @@ def test_settings_are_compared_by_the_seeds_that_all_have_for_each_holds_out_oth
     write_run(tmp_path / "study", TWO, 1, 85.0, validation=89.0)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "**Setting #1 is the best of 2 settings by validation accuracy (85.00 ± 7.07 % of 5,000" in text
-    assert " images; chosen by seed 1, which all have). It" in text
+    assert " images; ranked by seed 1, which all have). It" in text
     shutil.rmtree(tmp_path / "study" / "setting-1" / "seed-1")
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "**Setting #2 is the best of 2 settings by validation accuracy (89.00 % of 5,000 images, a rough choice)." in text
