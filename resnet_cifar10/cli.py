@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from .errors import Interrupted, JobFailed, printable
-from .files import check_file, write
+from .files import check_file, portable, write
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def infer(
                 from .figure import entry
                 from .figure import figure as draw
 
-                pictures.append(entry(printable(name), image, heat, prediction))
+                pictures.append(entry(portable(name), image, heat, prediction))
     if as_json:
         print(json.dumps(answers))
     if explain and answers:
