@@ -370,7 +370,7 @@ def claim(runs: Sequence[Task], read: Reader, framework: str = "pytorch") -> Non
     read("test")  # what is wrong with it is found now, not after hours
     for folder, content in claims:
         if not (folder / "setting.json").exists():
-            with locked(folder, wait=True):
+            with locked(folder.parents[1], wait=True):  # of OUT: the run's own would be waited for as long as it is trained
                 if not (folder / "setting.json").exists():
                     write_json(folder / "setting.json", content)
         _check_claim(folder, content)  # another process may have been quicker
