@@ -69,8 +69,13 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         return None
     names, counts = list(m["per_class"]), m["confusion"]
     shown = [row for row in rows if row.measured(split)] if len(rows) <= FEW else [best]
+    first, *other_sizes = sorted({measured["n"] for measured in m["per_class"].values()})
     classes = [
-        (name, [_mean(row, split, name, "recall") for row in shown], _mean(best, split, name, "precision"), measured["n"])
+        (
+            f"{name}, {measured['n']:,}" if other_sizes else name,
+            [_mean(row, split, name, "recall") for row in shown],
+            _mean(best, split, name, "precision"),
+        )
         for name, measured in m["per_class"].items()
     ]
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
@@ -93,7 +98,7 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         "name": best.name,
         "shown": shown,
         "classes": classes,
-        "split": split,
+        "heading": f"Class, {split} images" if other_sizes else f"Class, {first:,} {split} images each",
         "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
         "calibration": text,
         "confusion": plots.plot_confusion(m, split),
