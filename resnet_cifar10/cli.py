@@ -296,11 +296,10 @@ def main() -> None:
         interrupted.append(number)
         if len(interrupted) > 1:  # the first one is still ending things, or a library swallowed it
             os.write(2, b"error: stopped\n")
-            os._exit(128 + number)
-        raise SystemExit(128 + number)  # of a KeyboardInterrupt typer would make a result
+            os._exit(130)
+        raise SystemExit(130)  # of a KeyboardInterrupt typer would make a result
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     if sys.stderr is None:  # closed by the shell, as in "2>&-": print() would take standard output instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
@@ -319,7 +318,7 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if interrupted:  # libraries that Ctrl-C meets as they are imported raise all sorts of things
-            _fail("stopped", 128 + interrupted[0])
+            _fail("stopped", 130)
         if isinstance(error, Interrupted):
             _fail("stopped; the same command again goes on from the last whole epoch", 128 + error.args[0])
         if isinstance(error, typer.TyperException):

@@ -326,8 +326,7 @@ def serve(model: str, host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a bad form is its client's concern
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again,
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
     config = uvicorn.Config(
         app,
         host,

@@ -467,18 +467,15 @@ def test_an_empty_argument_is_not_the_current_folder(arguments: tuple[str, ...])
     assert cli(*arguments) == (2, "", "error: found an empty argument, perhaps a variable that is not set; allowed: a value\n")
 
 
-@pytest.mark.parametrize(("number", "delay"), [("SIGINT", 0.15), ("SIGINT", 0.45), ("SIGINT", 0.9), ("SIGTERM", 0.9)])
-def test_an_early_ctrl_c_ends_without_a_traceback(
-    model: Path, photo: Image.Image, tmp_path: Path, number: str, delay: float
-) -> None:
-    sent = signal.Signals[number]
+@pytest.mark.parametrize("delay", [0.15, 0.45, 0.9])
+def test_an_early_ctrl_c_ends_without_a_traceback(model: Path, photo: Image.Image, tmp_path: Path, delay: float) -> None:
     photo.save(tmp_path / "a.png")
     command = [sys.executable, "-m", "resnet_cifar10", "infer", *[str(tmp_path / "a.png")] * 5000, "--model", str(model)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         time.sleep(delay)
-        running.send_signal(sent)
+        running.send_signal(signal.SIGINT)
         _, errors = running.communicate(timeout=60)
-    stopped = running.returncode in (128 + sent, -sent) and errors in ("", "error: stopped\n")
+    stopped = running.returncode in (130, -signal.SIGINT) and errors in ("", "error: stopped\n")
     # a slow machine may not have come to the program yet: then Python itself says what it was doing
     assert stopped or (errors and str(ROOT / "resnet_cifar10") not in errors)
 
