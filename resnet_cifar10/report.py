@@ -189,12 +189,13 @@ def report(
     heading = re.match(r"# (.+)(?:\n|$)", text_of_words)
     title = heading[1] if heading else f"Results on {data}"
     text_of_words = text_of_words[heading.end() :] if heading else text_of_words
-    finished = {slug(row.name): row for row in rows if row.done}
-    if baseline_name and slug(baseline_name) not in finished:
-        allowed = ", ".join(repr(row.name) for row in finished.values()) or "none, no setting is finished"
+    finished = [row for row in rows if row.done]
+    named = {slug(row.name): row for row in finished}
+    if baseline_name and slug(baseline_name) not in named:
+        allowed = ", ".join(repr(row.name) for row in finished) or "none, no setting is finished"
         raise ValueError(f"--baseline: found {baseline_name!r}; allowed: {allowed}")
     best = best_of(rows)
-    baseline = finished[slug(baseline_name)] if baseline_name else baseline_of(list(finished.values()))
+    baseline = named[slug(baseline_name)] if baseline_name else baseline_of(finished)
     rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
     badge = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
