@@ -220,9 +220,8 @@ def report(
 
     if archive:
         check_file(archive, ".zip")
-    print(
-        f"report: {write_report(runs, out, [Path(name) for name in _photos(photo or [])], photo_model, words, baseline, goal)}"
-    )
+    photos = [Path(name) for name in _photos(photo or [])]
+    print(f"report: {write_report(runs, out, photos, photo_model, words, baseline, goal)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)
         print(f"packed: {archive}")
