@@ -189,18 +189,26 @@ A residual network for 32x32 images in {len(config["classes"])} classes: {markdo
 - {members}
 - It knows small pictures that are filled by one object. It can be wrong on anything else.
 
-`model.safetensors` holds the weights, `model.onnx` the whole way from uint8 pixels [N, 32, 32, 3] to probabilities,
-`config.json` all that is needed to use either: `resnet-cifar10 infer PHOTO --model FOLDER`. Without that package:
+`model.safetensors` holds the weights; `model.onnx` the whole way from pixels, uint8 [N, 32, 32, 3] in RGB, to probabilities,
+membership [N] and activation maps [N, classes, 8, 8] (what spoke for a class, and where); `config.json` the names of the
+classes, the threshold and how the network was made. `resnet-cifar10 infer PHOTO --model FOLDER` uses them so; the same without
+that package, for photos of 8 bits a colour:
 
 ```python
-import numpy, onnxruntime
+import json, numpy, onnxruntime
 from PIL import Image, ImageOps
 
-session = onnxruntime.InferenceSession("model.onnx")
+config, session = json.load(open("config.json")), onnxruntime.InferenceSession("model.onnx")
 photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-image = numpy.asarray(ImageOps.fit(photo, (32, 32), Image.Resampling.BOX))
-print(session.get_modelmeta().custom_metadata_map["classes"].split("\\n"))
-print(session.run(["probabilities"], {{"images": image[None]}})[0])
+(w, h), views = photo.size, []
+for a, b in ((0.85 * w, 0.85 * h), (0.75 * min(w, h), 0.75 * min(w, h))):  # most of it; a closer square
+    box = (w - a) / 2, (h - b) / 2, (w + a) / 2, (h + b) / 2
+    view = numpy.asarray(photo.resize((32, 32), Image.Resampling.BOX, box))
+    views += [view, view[:, ::-1]]  # and mirrored
+outputs = session.run(["probabilities", "membership"], {{"images": numpy.stack(views)}})
+probabilities, membership = (output.mean(0) for output in outputs)
+print(dict(zip(config["classes"], probabilities.tolist())))
+print("none of these" if membership < config["rejection_threshold"] else config["classes"][probabilities.argmax()])
 ```
 
 | key | value |

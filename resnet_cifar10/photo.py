@@ -20,6 +20,7 @@ from .infer import SIZE
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
 MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
+APPLE = (b"ftyphe", b"ftypmif1", b"ftypavi")  # of the files that iPhones write, and of the like
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
@@ -47,8 +48,10 @@ def read_photo(file: Path | io.BytesIO, name: str = "standard input") -> Image.I
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
             reason = f"too large; allowed: at most {Image.MAX_IMAGE_PIXELS:,} pixels"
         elif isinstance(error, UnidentifiedImageError):
-            empty = not (file.stat().st_size if isinstance(file, Path) else file.getbuffer())
-            reason = f"{'empty' if empty else 'not an image'}; allowed: {', '.join(FORMATS)}"
+            with open(file, "rb") if isinstance(file, Path) else io.BytesIO(file.getbuffer()) as content:
+                start = content.read(12)
+            kind = "HEIC or AVIF" if start[4:].startswith(APPLE) else "not an image" if start else "empty"
+            reason = f"{kind}; allowed: {', '.join(FORMATS)}"
         raise ValueError(f"{file if isinstance(file, Path) else name}: {one_line(reason)}") from None
 
 
@@ -75,10 +78,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF" and bits != 16:
         raise ValueError(f"a grey picture of {bits} bits; allowed: 8 and 16 bits")
     if image.mode.startswith("I;16"):
-        values = np.asarray(image) / 257
+        values = np.asarray(image).astype(np.uint32)
+        values += 128
+        values //= 257  # rounded, in place: such a picture may have 89 million pixels
         if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white
             values = 255 - values
-        image = Image.fromarray(values.round().astype(np.uint8))
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, NEUTRAL)

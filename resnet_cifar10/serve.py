@@ -10,7 +10,8 @@ import asyncio
 import json
 import logging
 import multiprocessing
-import re
+import os
+import platform
 import signal
 import socket
 from base64 import b64encode
@@ -19,9 +20,12 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from io import BytesIO
+from ipaddress import ip_address
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -42,11 +46,13 @@ from .photo import encoded, read_photo, views
 
 UPLOAD_BYTES = 20_000_000  # of one request, counted as they arrive
 FILES = 20  # of one request
-SECONDS = 20.0  # to receive a request, and to wait for a worker
+SECONDS = 20.0  # for the next part of a request to come, and to wait for a worker
+UPLOAD_SECONDS = 120.0  # for all of a request: 20 MB at 1.4 Mbit/s
 PHOTO_SECONDS = 20.0  # of processor time, for each photo
-WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels: 1.4 GB while it is read
+WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels: 1.5 GB while it is read
 IN_FLIGHT = 40  # requests that are received, waiting or worked on; more are told to come back
 CONNECTIONS = 500  # open at once; more are closed, or the system's 1,024 files would be used up
+EVERYWHERE = ("0.0.0.0", "::")  # stand for all addresses of a machine
 COME_BACK = {"Retry-After": "1"}  # seconds
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
@@ -110,15 +116,21 @@ class _Worker:
             return json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):  # the process has ended
             self.process.join()
-            slow = self.process.exitcode == -signal.SIGPROF
-            too_slow = f"takes longer than {PHOTO_SECONDS:g} seconds to read"
-            return {"error": too_slow if slow else "damaged: it crashed its decoder"}
+            why = {
+                -signal.SIGPROF: f"takes longer than {PHOTO_SECONDS:g} seconds to read",
+                -signal.SIGKILL: "its decoder was ended from outside; is there enough memory?",
+            }
+            return {"error": why.get(self.process.exitcode or 0, "damaged: it crashed its decoder")}
 
 
 class _Upload(Request):
     async def stream(self) -> AsyncIterator[bytes]:  # type: ignore[override]
-        received = 0
-        async for chunk in super().stream():
+        received, chunks = 0, super().stream()
+        while True:
+            async with asyncio.timeout(SECONDS):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                return
             received += len(chunk)
             if received > UPLOAD_BYTES:
                 raise HTTPException(413, f"at most {UPLOAD_BYTES // 1_000_000} MB at once; several photos can come one by one")
@@ -148,7 +160,7 @@ def _shown(name: str | None) -> str:
 
 
 def application(model: str, host: str) -> ASGIApp:
-    """Make the ASGI application for a model. The Host header may have localhost, the address that was reached, or `host`.
+    """Make the ASGI application for a model. Host headers with other names than this machine's and `host` are refused.
 
     Raises:
         ValueError: If the model is missing or damaged.
@@ -186,29 +198,32 @@ def application(model: str, host: str) -> ASGIApp:
             raise HTTPException(400, f"explain={printable(explain)[:20]}: allowed are 0 and 1")
         async with slots:
             try:
-                async with asyncio.timeout(SECONDS):
+                async with asyncio.timeout(UPLOAD_SECONDS):
                     files = await _files(_Upload(request.scope, request.receive))
             except TimeoutError:
-                raise HTTPException(408, f"no complete request within {SECONDS:g} seconds", {"Connection": "close"}) from None
-            except ClientDisconnect:
-                return Response(status_code=400)  # for nobody
-            answers = [{"file": name, **await answer(content, explain == "1")} for name, content in files]
+                reason = f"too slow: allowed are {SECONDS:g} seconds until more comes, and {UPLOAD_SECONDS:g} for all"
+                raise HTTPException(408, reason, {"Connection": "close"}) from None
+            answers = [{"file": name, **await answer(request, content, explain == "1")} for name, content in files]
         if len(answers) > 1:
             return JSONResponse(answers)
         return JSONResponse(answers[0], 422 if "error" in answers[0] else 200)
 
-    async def answer(content: bytes, explain: bool) -> dict[str, Any]:
+    async def answer(request: Request, content: bytes, explain: bool) -> dict[str, Any]:
         try:
             async with asyncio.timeout(SECONDS):
                 worker = await idle.get()
         except TimeoutError:
             raise HTTPException(503, "too much to do at once", COME_BACK) from None
         try:
+            if await request.is_disconnected():  # while it waited
+                raise ClientDisconnect
             return await asyncio.to_thread(worker.answer, content, explain)
         finally:
             idle.put_nowait(worker)
 
     async def refuse(_: Request, error: Exception) -> Response:
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=400)  # for nobody
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
@@ -218,7 +233,8 @@ def application(model: str, host: str) -> ASGIApp:
         Route("/api/model", about),
         Route("/healthz", health),
     ]
-    return _guarded(Starlette(routes=routes, exception_handlers={HTTPException: refuse}, lifespan=lifespan), host)
+    handlers: Any = {HTTPException: refuse, ClientDisconnect: refuse}
+    return _guarded(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), host)
 
 
 def _policy(html: bytes) -> str:
@@ -249,15 +265,23 @@ def _guarded(app: ASGIApp, host: str) -> ASGIApp:
 
 
 def _refusal(scope: Scope, host: str) -> str | None:
-    headers, address = Headers(scope=scope), scope["server"][0].removeprefix("::ffff:")
+    headers = Headers(scope=scope)
     here, origin = headers.get("host", "").lower(), headers.get("origin")
-    # of a rebound name the header says the name; the port may be another one, where it is forwarded
-    names = {_in_url(name) for name in ("localhost", "127.0.0.1", "::1", host.lower(), address)}
-    if re.sub(r":\d+$", "", here) not in names:
-        return f"Host {here}: this server is {_in_url(address)}"
+    if not _is_ours(here, host):
+        return f"Host {here}: this server is {_in_url(scope['server'][0].removeprefix('::ffff:'))}"
     if scope["method"] == "POST" and origin is not None and origin.lower() != f"http://{here}":
         return f"Origin {origin}: only this server's own page may send photos"
     return None
+
+
+def _is_ours(here: str, host: str) -> bool:
+    """Say whether a Host header has a name of this machine, or any address: a rebound name is no address."""
+    try:
+        name = urlsplit(f"//{here}").hostname or ""  # the port may be another one, where it is forwarded
+        ours = ("localhost", platform.node().lower(), host.lower())
+        return name.removesuffix(".local") in ours or name in ours or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def _in_url(address: str) -> str:
@@ -304,8 +328,14 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets
-        address = f"http://{_in_url(self.config.host)}:{sockets[0].getsockname()[1]}"
-        print(f"Open {address} in a browser; Ctrl-C ends it.", flush=True)
+        port, everywhere = sockets[0].getsockname()[1], self.config.host in EVERYWHERE
+        print(f"Open http://{'localhost' if everywhere else _in_url(self.config.host)}:{port} in a browser; Ctrl-C ends it.")
+        if everywhere:
+            print(f"Other devices open http://ADDRESS:{port} with this machine's address; all who reach it can use it.")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.force_exit = False  # which a second Ctrl-C would make it: then it waits for the photos that are being read
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a request that is cut off is no error now
@@ -321,10 +351,12 @@ def serve(model: str, host: str, port: int) -> None:
     """
     app = application(model, host)
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{_in_url(host)}:{port}: cannot be used: {getattr(error, 'strerror', None) or error}") from None
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ValueError(f"--host, --port: found {host}, {port}: {reason}; allowed: free ones of this machine") from None
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a bad form is its client's concern
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again
     config = uvicorn.Config(
@@ -332,7 +364,7 @@ def serve(model: str, host: str, port: int) -> None:
         host,
         http=_Connection,
         ws="none",
-        log_level="warning",
+        log_level="error",  # a warning is of what a client sent
         server_header=False,
         backlog=100,  # connections that asyncio accepts at once
         timeout_graceful_shutdown=3,

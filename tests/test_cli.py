@@ -1,5 +1,6 @@
 """The commands around training: evaluate, export, the built-in model, help and wrong use."""
 
+import ast
 import json
 import re
 import subprocess
@@ -105,10 +106,12 @@ def test_a_model_card_shows_names_as_they_are(digits_run: Path, tmp_path: Path) 
 
 def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:
     lines = (digits_run / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    (tmp_path / "model.onnx").write_bytes((digits_run / "model" / "model.onnx").read_bytes())
+    for name in ("model.onnx", "config.json"):
+        (tmp_path / name).write_bytes((digits_run / "model" / name).read_bytes())
     Image.new("RGB", (60, 40)).save(tmp_path / "photo.jpg")
-    printed = subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True)
-    assert printed.startswith(str([str(digit) for digit in range(10)]))
+    probabilities, answer = subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True).splitlines()
+    assert list(ast.literal_eval(probabilities)) == [str(digit) for digit in range(10)]
+    assert answer in {*"0123456789", "none of these"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Photos in, predictions out; and what is no photo."""
 
+import ast
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,8 @@ def test_what_is_said_of_a_photo() -> None:
 
 
 def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Image.Image, tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes((BUILT_IN / "resnet32" / "model.onnx").read_bytes())
+    for name in ("model.onnx", "config.json"):
+        (tmp_path / name).write_bytes((BUILT_IN / "resnet32" / name).read_bytes())
     (tmp_path / "resnet_cifar10.py").write_text("raise ImportError('this package must not be needed')")
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
@@ -213,12 +216,14 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
         file.read_text().partition("```python\n")[2].partition("```")[0]
         for file in (ROOT / "README.md", BUILT_IN / "resnet32" / "README.md")
     )
-    said, listed = (subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True) for lines in (readme, card))
-    assert said.strip() == classifier.classes[expected.argmax()]
-    classes, _, probabilities = listed.partition("\n")
-    assert classes.strip() == str(classifier.classes)
-    numbers = [float(number) for number in re.findall(r"\d\.[\de.+-]+", probabilities)]
-    assert numbers == pytest.approx(expected.tolist(), abs=1e-4)
+    run = partial(subprocess.check_output, cwd=tmp_path, text=True)
+    assert run([sys.executable, "-c", readme]).strip() == classifier.classes[expected.argmax()]
+    prediction = classifier.classify(views(read_photo(tmp_path / "photo.jpg")))
+    for threshold in (-1.0, 1.1):  # the card's lines give the answer of infer
+        write_json(tmp_path / "config.json", classifier.config | {"rejection_threshold": threshold})
+        probabilities, answer = run([sys.executable, "-c", card]).splitlines()
+        assert ast.literal_eval(probabilities) == pytest.approx(prediction.probabilities, abs=1e-4)
+        assert answer == ("none of these" if threshold > 1 else prediction.label)
 
 
 def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_path: Path) -> None:
@@ -343,6 +348,7 @@ def test_no_scan_is_hidden_in_what_a_decoder_skips(photo: Image.Image) -> None:
     [
         ("empty.jpg", b"", "empty; allowed: JPEG"),
         ("text.jpg", b"dear diary", "not an image; allowed: JPEG"),
+        ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC or AVIF; allowed: JPEG"),
         ("missing.jpg", None, "No such file"),
         ("x" * 300, None, "xx: File name too long"),
         ("folder.png/", None, "holds no photo"),
