@@ -65,7 +65,7 @@ def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     if (quota >= counts)[counts > 0].any():
         raise ValueError(
             f"key 'validation_size': found {size}; allowed: fewer of the {len(classes)} images, "
-            "so that every class keeps one for training"
+            f"so that every class keeps one for training, such as {len(classes) // 5}"
         )
     held = [rng.permutation(np.flatnonzero(classes == c))[:n] for c, n in enumerate(quota)]
     validation = np.sort(np.concatenate(held))

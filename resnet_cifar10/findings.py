@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .evaluate import wilson_interval
 from .files import portable
 from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, shared_seeds, signed, spread, welch
 
@@ -177,14 +178,18 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     if not tests:
         return text + asked + last
     test = best.measured("test")[0]
-    one_seed = "one seed; 95 % interval {:.1f} to {:.1f} %".format(*test["interval_95"])
-    trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else one_seed
+    trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else "one seed"
+    low, high = wilson_interval(float(np.mean(tests)), test["n"])
+    trust += f"; 95 % interval by the choice of test images {low:.1f} to {high:.1f} %"
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
     compared = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
     if alike := [name for name, (p, *_) in compared if p >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
+    repeated = [row for row in others if len(tests) > 1 < len(row.accuracies("test"))]
+    if same := [row.name for row in repeated if welch(row.accuracies("test"), tests) is None]:
+        text += f" No test can tell whether it differs from that of {join(same)}: neither's seeds vary."
     if higher := [name for name, (_, low, _) in compared if low > 0]:
         text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell (each compared by itself)."
     single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
@@ -240,7 +245,7 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
     several = [len(row.done) for row in rows if len(row.done) > 1]
     epochs = [row.setting.epochs for row in rows]
     said = []
-    if not any(row.accuracies("test") for row in rows):
+    if any(row.done for row in rows) and not any(row.accuracies("test") for row in rows):
         said.append("No test images: epochs, settings and temperatures were chosen by the same images; expect less of others.")
     if single:
         each = "each " if len(single) > 1 else ""
@@ -268,7 +273,7 @@ def notes(
     data: str,
 ) -> dict[str, str]:
     """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
-    lines = objective = enlarged = seeds = once = left_out = ""
+    lines = objective = dots = logarithmic = enlarged = seeds = once = left_out = ""
     if any(len(row.runs) > 1 for row in rows):
         lines = (
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
@@ -279,6 +284,10 @@ def notes(
             "With label smoothing or mixed images the training loss contains them; it cannot be compared with the "
             "validation loss, which does not. "
         )
+    if any(row.done for row in rows):
+        dots = "A dot is the epoch whose weights were kept. "
+    if any(row.setting.lr_decay == "step" for row in rows):
+        logarithmic = " The learning rate, below, stands on a logarithmic axis where it falls in steps."
     if len({row.curves("lr").shape[1] for row in rows} - {0}) > 1:
         enlarged = " A dotted line only leads from the end of a curve to its name."
     if any(row.curves("lr").shape[1] >= 40 for row in top):  # in fewer epochs, a twentieth is one
@@ -305,25 +314,25 @@ def notes(
         "These images are a JPEG-compressed copy. Published CIFAR-10 figures are for the original pixels, which keep "
         "detail that the copy has lost; the two must not be set side by side."
     )
+    name = baseline.name if baseline else ""
     return {
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
         f"can differ from their dot by some tenths of a point, and lie above the end of the curve{unfinished}.{enlarged}",
-        "curves": f"{lines}{objective}A dot is the epoch whose weights were kept. Curves and dots were measured while "
-        "training, in the run's own precision. The learning rate, below, stands on a logarithmic axis where it falls in steps.",
+        "curves": f"{lines}{objective}{dots}All this was measured while training, in the run's own precision.{logarithmic}",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
         "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
         f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
-        "comparisons": f"Points: the difference in test accuracy. {seeds}{once}Where several things differ, a comparison does "
-        "not tell which of them did it.",
+        "comparisons": f"Points: the difference in test accuracy. The first comparisons are with {name}, which the others vary "
+        f"(option --baseline). {seeds}{once}Where several things differ, a comparison does not tell which of them did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
         "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
         f"straight slope is the same factor in every block.{''.join(alike)}",
         "mistakes": "Each with its true class, the class it was taken for, and the probability given to that.",
         "classes": "Accuracy of a class: the share of its images that were classified correctly. Precision: of the images "
         "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
-        "differences": f"Mean difference in test accuracy against {baseline.name if baseline else ''} with its 95 % interval "
+        "differences": f"Mean difference in test accuracy against {name} with its 95 % interval "
         "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
         f"hollow: by itself only; grey: they cannot. {left_out}The axis is logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",

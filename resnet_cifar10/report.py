@@ -72,15 +72,17 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     first, *other_sizes = sorted({measured["n"] for measured in m["per_class"].values()})
     classes = [
         (
-            f"{name}, {measured['n']:,}" if other_sizes else name,
+            f"{name} ({measured['n']:,})" if other_sizes else name,
             [_mean(row, split, name, "recall") for row in shown],
             _mean(best, split, name, "precision"),
         )
         for name, measured in m["per_class"].items()
     ]
     wrong = sorted((-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count)
-    pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in wrong[:3]]
+    top = [pair for pair in wrong[:3] if not wrong[3:] or pair[0] < wrong[3][0]]  # of equal ones all or none
+    pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in top]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
+    found = "No two classes were confused more often than others." if wrong and not top else found
     text = (
         f"On average the stated confidence is {m['calibration_error']:.1f} points from the share that is right (expected "
         f"calibration error), and the log-loss is {m['negative_log_likelihood']:.3f}"

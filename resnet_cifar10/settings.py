@@ -16,6 +16,7 @@ from .files import validated
 
 AUGMENTATIONS = ("crop", "flip", "altflip", "photo", "cutout", "mixup")
 MAX_FILE_BYTES = 1_000_000
+HELP = 'words need "quotation marks", true and false none; numbers have a point, not a comma; a key comes once'
 
 
 class Setting(BaseModel):
@@ -126,13 +127,18 @@ def load_settings(path: Path, only: Sequence[str] = (), **overrides: Any) -> lis
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES:,} bytes")
-        values = tomllib.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig") + "\n"  # so that an error in the last line has its number
+        values = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{path}: settings file cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a TOML settings file: its text is not in UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}") from None
+        where, help_with = re.search(r"at line (\d+)", str(error)), ""
+        if where:
+            line = text.split("\n")[int(where[1]) - 1]
+            help_with = f": {one_line(line)} ({HELP})"
+        raise ValueError(f"{path}: not a TOML settings file: {one_line(error)}{help_with}") from None
     table = validated(_Table, values, f"{path}: only [defaults] and one [[setting]] for each row")
     given = {key: value for key, value in overrides.items() if value is not None}
     settings = [

@@ -59,12 +59,15 @@ def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
         return _from_archive(path / ARCHIVE, split)
     if any(path.rglob("*.parquet")):
         return _from_parquet(path, split, processes)
+    inside = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
+    for entry in inside:
+        if entry.is_dir() and entry.name.lower().startswith(("train", "val", "test")) and entry.name not in BATCHES:
+            raise ValueError(f"{path}: found {entry.name}; allowed: train, val and test, spelt like this")
     if any((path / part).is_dir() for part in BATCHES):
-        for entry in path.iterdir():
-            if entry.is_dir() and entry.name.lower().startswith(("train", "val", "test")) and entry.name not in BATCHES:
-                raise ValueError(f"{path}: found {entry.name}; allowed: train, val and test, spelt like this")
         return _from_class_folders(path, split, processes)
-    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
+    found = ", ".join(entry.name for entry in inside[:5]) or "an empty folder"
+    if meant := [entry for entry in inside if (entry / "train").is_dir()]:
+        raise ValueError(f"{path}: found {found}; did you mean {meant[0]}?")
     allowed = f"{ARCHIVE}, data_batch_1..5 and test_batch, parquet files, or train/<class>/* (to evaluate, test/<class>/*)"
     raise ValueError(f"{path}: found {found}; allowed: {allowed}")
 

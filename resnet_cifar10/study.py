@@ -295,7 +295,8 @@ def split_data(setting: Setting, seed: int, read: Reader) -> tuple[Split, Split]
         try:
             kept, held = hold_out(everything.labels, setting.validation_size, seed)
         except ValueError as error:
-            raise ValueError(f"setting '{setting.name}': {error}") from None
+            usual = "" if "validation_size" in setting.model_fields_set else "; it is the usual value, for the table says none"
+            raise ValueError(f"setting '{setting.name}': {error}{usual}") from None
         training, validation = everything.subset(kept), everything.subset(held)
     if setting.batch_size > len(training):
         raise ValueError(
@@ -388,7 +389,7 @@ def _check_claim(folder: Path, content: dict[str, Any]) -> None:
         for key in now
         if key != "setting" and before.get(key) != now[key]
     ]:
-        raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out")
+        raise ValueError(f"{folder}: holds another study ({'; '.join(differ)}); choose another --out or name")
 
 
 def shown_logits(compute: Forward, images: Tensor, config: dict[str, Any], title: str) -> Tensor:

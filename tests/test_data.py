@@ -404,20 +404,25 @@ def test_a_picture_in_a_parquet_file_is_read_as_one_in_a_folder(tmp_path):
 
 def test_several_processes_decode_as_one_does_and_name_the_image_that_fails(class_folders, monkeypatch):
     alone = load(class_folders, "train")
-    monkeypatch.setattr("resnet_cifar10.decode.CHUNK", 5)  # 18 images: the last process has fewer
+    monkeypatch.setattr("resnet_cifar10.decode.CHUNK_BYTES", 500)  # some images for each process
     together = load(class_folders, "train", processes=2)
     assert torch.equal(together.images, alone.images) and torch.equal(together.labels, alone.labels)
     (class_folders / "train" / "red" / "picture.tiff").write_bytes(b"no picture")
     with pytest.raises(ValueError) as error:
         load(class_folders, "train", processes=2)
-    assert "red/picture.tiff: not an image" in one_line(error)
+    assert "red/picture.tiff: not an image" in one_line(error) and "more" not in one_line(error)
+    (class_folders / "train" / "blue" / "picture.png").write_bytes(b"")
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=r"picture.+; and 1 more, such as .+picture") as error:
+            load(class_folders, "train", processes)
+        assert "red/picture.tiff: not an image" in one_line(error) and "blue/picture.png: empty" in one_line(error)
 
 
 def test_a_decoding_process_that_is_killed_ends_the_job_with_a_sentence(class_folders, monkeypatch):
     def killed(pool, *work, **options):
         raise BrokenProcessPool
 
-    monkeypatch.setattr("resnet_cifar10.decode.CHUNK", 5)
+    monkeypatch.setattr("resnet_cifar10.decode.CHUNK_BYTES", 500)
     monkeypatch.setattr("resnet_cifar10.decode.ProcessPoolExecutor.map", killed)
     with pytest.raises(JobFailed, match="a process that decoded its images was ended; is there enough memory"):
         load(class_folders, "train", processes=2)

@@ -274,6 +274,7 @@ def test_an_unfinished_run_is_shown_and_not_counted(out: Path, study: Path, tmp_
         result.unlink()
     page = report([study], tmp_path / "out").read_text()
     assert "no run is finished" in page and "best by validation" not in page
+    assert "No test images" not in page and "A dot is" not in page  # nothing is known of them yet, and nothing was kept
     states = ["seeds 0, 1 and 2 unfinished: epoch 6 of 6"] * 2 + ["seed 0 unfinished: epoch 6 of 6"]
     assert [row[-1].split("\n")[0] for row in _Tables(page).tables[0][1:]] == states
 
@@ -301,11 +302,11 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     assert (
         "Setting #2 is the best of 3 settings by validation accuracy (93.00 ± 0.00 % of 5,000 images; ranked by seed 0, "
         "which all have). It classifies 92.40 ± 0.26 % of the 10,000 test images of CIFAR-10 correctly (mean ± standard "
-        "deviation of 3 seeds). "
+        "deviation of 3 seeds; 95 % interval by the choice of test images 91.9 to 92.9 %). "
         "Setting #3 has one finished seed: with another seed the distances from it may differ."
     ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
-    assert "Most often confused: cat taken for dog (79 of 1,000)" in text
+    assert "Most often confused: cat taken for dog (79 of 1,000)." in text  # the other pairs are as many among themselves
     assert (
         "is 4.2 points from the share that is right" in text
         and "temperature 1.50" in text
@@ -362,7 +363,7 @@ def test_what_cannot_be_told_of_a_class_does_not_count(tmp_path: Path) -> None:
         test = json.loads(file.read_text())["test"]
         test["per_class"]["cat"] = {"recall": None, "precision": precision, "n": 0}
         change(file, test=test)
-    assert "| cat, 0 | – | 70.0 |" in report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "| cat (0) | – | 70.0 |" in report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
 
 
 def test_a_run_that_failed_is_told_with_the_reason(tmp_path: Path) -> None:
@@ -593,7 +594,7 @@ def test_a_jpeg_copy_is_told_and_original_pixels_are_not_warned_of(out: Path, tm
     assert all("detail that the copy has lost" in file.read_text() for file in (page, page.with_suffix(".md")))
     write_run(tmp_path / "own", ONE, 0, 89.0, source="pets (JPEG copy)")
     assert "CIFAR-10" not in report([tmp_path / "own"], tmp_path / "pets").read_text()
-    assert "one seed; 95 % interval 88.4 to 89.6 %" in page.read_text()
+    assert "one seed; 95 % interval by the choice of test images 88.4 to 89.6 %" in page.read_text()
     assert (
         "The number beside a name" in (out / "report.html").read_text() and "The number beside a name" not in page.read_text()
     )
@@ -824,6 +825,14 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "The seeds cannot tell its test accuracy from that of Setting #1 (each compared by itself)." in text
     assert "Its run with seed 1, of its 2 the best on validation images, on the 10,000 test images." in text
+
+
+def test_settings_whose_seeds_end_equal_cannot_be_tested(tmp_path: Path) -> None:
+    for setting, value in ((ONE, 90.0), (TWO, 92.0)):
+        for seed in (0, 1):
+            write_run(tmp_path / "study", setting, seed, value, validation=value)
+    text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
+    assert "No test can tell whether it differs from that of Setting #1: neither's seeds vary.**" in text
 
 
 def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:
