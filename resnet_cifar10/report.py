@@ -26,6 +26,7 @@ from .files import check_writable, portable, write
 from .infer import Classifier
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
+from .progress import progress
 from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
 from .settings import slug
 
@@ -87,10 +88,11 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
         f"On average the stated confidence is {m['calibration_error']:.1f} points from the share that is right (expected "
         f"calibration error), and the log-loss is {m['negative_log_likelihood']:.3f}"
     )
+    worse = ", which is worse" if m["negative_log_likelihood_scaled"] > m["negative_log_likelihood"] else ""
     text += (
         f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
         f"{'validation' if split == 'test' else 'these same'} images, brings that to "
-        f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}."
+        f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}{worse}."
         if run.result["validation"]
         else "."
     )
@@ -143,7 +145,7 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
         raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
     entries = []
     classifier = Classifier(model)
-    for file in photos:
+    for file in progress(photos, "photos"):
         photo = read_photo(file)
         prediction = classifier.classify(views(photo))
         heat = heat_map(photo, activation(classifier, photo, prediction.label))
@@ -213,7 +215,7 @@ def report(
     elif len(validated) > 1:
         overview = [plots.plot_all(validated, enlarged=False)]
         overview += [plots.plot_all(top, enlarged=True)] if len(top) > 1 else []
-    alone = [] if many else [(row, plots.plot_one(row)) for row in started]
+    alone = [] if many else [(row, plots.plot_one(row)) for row in progress(started, "plots")]
     groups = networks(sorted(rows, key=lambda row: row is not baseline))  # where it is, the baseline names its line
     kinds = {repr(first.setting.architecture(0) | {"depth": 0, "width": 0}) for first, *_ in groups}  # size explains nothing
     options = [*folders, "--out", out, *(part for photo in photos for part in ("--photo", photo))]
