@@ -58,7 +58,9 @@ def train(
     data: Annotated[str, typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Where the run folders go: OUT/<setting>/seed-<n>/.")],
     setting: Annotated[list[str] | None, typer.Option(help="Only this setting; repeatable.", metavar="NAME")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Instead of the file's; repeatable.", metavar="N")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, max=2**32 - 1, help="Instead of the file's; repeatable.", metavar="N")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the file's; schedules scale.", metavar="N")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     seeds: Annotated[
@@ -74,7 +76,9 @@ def train(
 
     if seeds and seed:
         raise ValueError("--seed, --seeds: found both; allowed: one of them")
-    rows = load_settings(settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed)
+    rows = load_settings(
+        settings, setting or [], epochs=epochs, seeds=list(range(seeds)) if seeds else seed and list(dict.fromkeys(seed))
+    )
     _need("train", framework, *(["ray"] if ray else []))
     if not ray and (cpus != 1 or gpus is not None):
         raise ValueError("--cpus, --gpus: found without --ray; allowed: together with it")

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .errors import Interrupted, JobFailed
+from .errors import Interrupted, JobFailed, one_line
 from .files import read_json
 from .run_folder import locked, note_failure, read_metrics
 from .settings import Setting
@@ -71,10 +71,6 @@ def study_on_ray(
         print(f"reading {data}")
         claim(runs, partial(_load, data))
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
-        for *_, folder in todo:
-            with locked(folder) as other:
-                if other:
-                    raise ValueError(f"{folder}: {other} is working on this run")
         print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs")
         # said here and not by .options(): only so has each run on a GPU a process of its own (Ray's issue 47767)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_task)
@@ -139,7 +135,7 @@ def _progress(runs: Sequence[Task]) -> tuple[Table, str]:
 
 
 def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, device: str, home: Path) -> dict[str, Any]:
-    """Do one run on a node and return its result; where an earlier worker of it is still dying, wait for that."""
+    """Do one run on a node and return its result; where another worker has it, or is still dying, wait for that."""
     os.chdir(home)  # paths may be relative
     if not (folder / "setting.json").exists():
         raise JobFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
@@ -174,8 +170,10 @@ def _ray(address: str) -> Iterator[Any]:
                 logging_level=logging.ERROR,
                 **(own if address == "local" else {}),
             )
-        except (ConnectionError, RuntimeError) as error:
-            raise ValueError(f"--ray: found {address!r}; {error}") from None
+        except Exception as error:  # Ray raises no other where its processes take longer to start than it waits
+            ray.shutdown()
+            kind = JobFailed if address == "local" else ValueError
+            raise kind(f"--ray: found {address!r}; {one_line(error)}; the same command tries again") from None
         try:
             yield ray
         finally:

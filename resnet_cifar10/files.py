@@ -118,10 +118,11 @@ def check_writable(folder: Path) -> Path:
 
 
 def portable(path: str | Path) -> str:
-    """Show a path as typed, but of an absolute one only what does not name this machine's folders."""
+    """Show a path as typed, but of an absolute one only what does not name this machine's folders: the name; of a run, two."""
     if Path(path).is_relative_to(Path.cwd()):
         return printable(str(Path(path).relative_to(Path.cwd())))
-    return printable(Path(path).name if Path(path).is_absolute() else str(path))
+    parts = Path(path).parts
+    return printable("/".join(parts[-2 if parts[-1].startswith("seed-") else -1 :]) if Path(path).is_absolute() else str(path))
 
 
 def check_file(path: Path, suffix: str) -> None:

@@ -134,7 +134,7 @@ def meaning(row: Row) -> dict[str, str]:
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "
-        "compare settings only where processor, threads and precision are the same (last section)",
+        "compare settings only where processor, threads, processes, precision and framework are the same (last section)",
         "Early stopping epoch": kept,
         "Patience": rule if s.patience else "none, the run goes on to its last epoch",
         "Failed": "; ".join(run.failed.removeprefix(f"{s.name}, ") for run in row.runs if run.failed) or "none",

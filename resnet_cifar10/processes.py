@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .errors import JobFailed
+from .errors import JobFailed, one_line
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def joined_processes(device: str) -> Iterator[int]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise JobFailed(f"another process of this run has ended: {error}") from error
+        raise JobFailed(f"another process of this run has ended: {one_line(error)}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
