@@ -134,6 +134,7 @@ def batches(
     def draw(below: int) -> Tensor:
         return torch.randint(below, (n, 1), generator=rng).to(device)
 
+    # one generator for all, the noise of photo last: a new draw comes after these, and only where its part is asked for
     order = torch.randperm(n, generator=rng).to(device)
     pad = CROP_PADDING if "crop" in parts else 0
     top, left, flip = draw(2 * pad + 1) - pad, draw(2 * pad + 1) - pad, draw(2 if "flip" in parts else 1).bool()

@@ -13,7 +13,6 @@ from torch import Tensor
 from .data import normalise
 
 Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logits [N, classes]
-ECE_BINS = 15  # Guo et al. 2017, section 2
 
 
 @torch.inference_mode()
@@ -49,7 +48,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     return float(F.cross_entropy(logits.double(), labels))
 
 
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error in percent: mean gap of confidence and accuracy over equal bins (Guo et al. 2017, eq. 3)."""
     confidence, predicted = logits.double().softmax(1).max(1)
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1

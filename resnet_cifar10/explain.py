@@ -28,8 +28,7 @@ def activation(classifier: Classifier, photo: Image.Image, label: str) -> NDArra
         w, h = max(right - left, 1), max(bottom - top, 1)  # a square of a very long photo is thinner than a place
         total[top : top + h, left : left + w] += np.asarray(Image.fromarray(view).resize((w, h), Image.Resampling.BILINEAR))
         seen[top : top + h, left : left + w] += 1
-    total /= seen.clip(1)
-    return total
+    return total / seen.clip(1)
 
 
 def heat_map(photo: Image.Image, activation: NDArray[np.float32]) -> Image.Image:

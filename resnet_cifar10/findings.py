@@ -11,6 +11,7 @@ import numpy as np
 from .evaluate import wilson_interval
 from .files import portable
 from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, shared_seeds, signed, spread, welch
+from .settings import AUGMENTATIONS
 
 COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
 WORDS = {
@@ -29,15 +30,6 @@ WORDS = {
     "layer": "Layer Norm",
     "group": "Group Norm",
     "none": "None",
-}
-AUGMENTATIONS = {
-    "none": "none",
-    "crop": "padding by 4 with a random 32×32 crop",
-    "flip": "random horizontal flip",
-    "altflip": "each image mirrored in every second epoch",
-    "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
-    "cutout": "a random square erased (cutout)",
-    "mixup": "pairs of images mixed (mixup)",
 }
 
 
@@ -130,7 +122,7 @@ def meaning(row: Row) -> dict[str, str]:
         "First weights": f"those of {portable(s.start_from)}" if s.start_from else "random",
         "Optimizer": momentum if s.optimizer in ("sgd", "muon") else f"betas {s.momentum:g} and 0.999",
         "Weight decay": decayed if s.weight_decay else "none",
-        "Data augmentation": join([AUGMENTATIONS[part] for part in s.augmentation.split("_")]),
+        "Data augmentation": join([AUGMENTATIONS.get(part, part) for part in s.augmentation.split("_")]),
         "lr decay": (f"linear warm-up over the first {100 * s.warmup:g} % of the run, then " if s.warmup else "") + decay,
         "Label smoothing": f"{s.label_smoothing:g}" if s.label_smoothing else "none",
         "Training time (m)": "minutes of training and validation by the clock, from the fastest to the slowest seed; they "

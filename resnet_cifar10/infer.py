@@ -62,7 +62,7 @@ def model_folder(model: str | Path) -> Path:
     )
 
 
-class _Config(BaseModel, strict=True, allow_inf_nan=False):  # what is needed of config.json; the rest is for readers
+class _Config(BaseModel, strict=True, allow_inf_nan=False, extra="allow"):  # what is needed of config.json; the rest is kept
     architecture: dict[str, Any]
     classes: list[Any]
     mean: list[float] = Field(min_length=3, max_length=3)
@@ -92,10 +92,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: Naming the file and the key that is missing or wrong.
 
     """
-    config = read_json(folder / "config.json")
-    checked = validated(_Config, config, str(folder / "config.json"))
-    check_class_names(checked.classes, f"{folder / 'config.json'}: key 'classes'")
-    return config | checked.model_dump()
+    file = folder / "config.json"
+    config = validated(_Config, read_json(file), str(file)).model_dump()
+    check_class_names(config["classes"], f"{file}: key 'classes'")
+    return config
 
 
 def onnx_runtime() -> Any:

@@ -17,9 +17,9 @@ GROUPS = 8  # of group normalisation (Wu & He 2018)
 NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
     "batch": BatchNorm2d,
     "sync_batch": SyncBatchNorm2d,
-    "layer": lambda channels: nn.GroupNorm(1, channels),  # over channels and pixels of one image
-    "group": lambda channels: nn.GroupNorm(GROUPS, channels),
-    "none": lambda channels: nn.Identity(),
+    "layer": partial(nn.GroupNorm, 1),  # over channels and pixels of one image
+    "group": partial(nn.GroupNorm, GROUPS),
+    "none": nn.Identity,  # takes any arguments
 }
 
 
@@ -93,8 +93,8 @@ class ResNet(nn.Module):
             raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")
         norm = _choose("normalization", normalization, NORMALIZATIONS)
         pre = _choose("block", block, {"post": False, "pre": True})
-        # In place, the backward pass reads the signs from the saved output; otherwise torch.compile stores them separately,
-        # which makes a step almost three times as slow (benchmarks/README.md).
+        # Leaky ReLU in place: its backward pass reads the signs from the saved output; otherwise torch.compile stores them
+        # separately, which makes a step almost three times as slow (benchmarks/README.md).
         in_place = not (pre and normalization == "none")  # there the shortcut still needs the input
         leaky = nn.LeakyReLU(leaky_slope, in_place)
         activations = {"relu": nn.ReLU(), "leaky_relu": leaky, "gelu": nn.GELU(), "silu": nn.SiLU()}

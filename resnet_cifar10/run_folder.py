@@ -1,4 +1,9 @@
-"""The folder of one run: its lock, its metrics, its checkpoints, and how it goes on after an interruption."""
+"""The folder of one run: its lock, its metrics, its checkpoints, and how it goes on after an interruption.
+
+In the order in which they are written: setting.json (study.claim), environment.json (resume), signals.json, metrics.csv and
+last.safetensors after each epoch (save), best.safetensors and model/ at the end, result.json, which means done; or failed.json.
+The lock of OUT guards the claims, the run's own all else.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +47,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+") as file:
-        other = ""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            other = file.read() or "another process"
-        if other:
-            yield other
+            yield file.read() or "another process"
             return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")

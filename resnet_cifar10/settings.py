@@ -14,7 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from .errors import one_line, short
 from .files import validated
 
-AUGMENTATIONS = ("crop", "flip", "altflip", "photo", "cutout", "mixup")
+AUGMENTATIONS = {  # each with the report's words for it
+    "crop": "padding by 4 with a random 32×32 crop",
+    "flip": "random horizontal flip",
+    "altflip": "each image mirrored in every second epoch",
+    "photo": "framing, background, focus, light, noise and compression of every second image changed as in photos",
+    "cutout": "a random square erased (cutout)",
+    "mixup": "pairs of images mixed (mixup)",
+}
 MAX_FILE_BYTES = 1_000_000
 HELP = 'words need "quotation marks", true and false none; numbers have a point, not a comma; a key comes once'
 
@@ -64,7 +71,7 @@ class Setting(BaseModel):
                 "'resnet' and a depth of 6n+2: resnet8, resnet14, resnet20, resnet26, resnet32, ... resnet1202",
             ),
             "augmentation": (
-                parts == ["none"] or (set(parts) <= set(AUGMENTATIONS) and once),
+                parts == ["none"] or (set(parts) <= AUGMENTATIONS.keys() and once),
                 f"'none', or some of {', '.join(AUGMENTATIONS)} joined by '_' (crop_flip), one flip at most",
             ),
             "lr_milestones": (all(a < b for a, b in pairwise([0, *self.lr_milestones, 1])), "rising fractions of the run"),

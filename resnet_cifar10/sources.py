@@ -48,15 +48,14 @@ def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
     path = Path(path)
     if str(path) == "digits" and not path.exists():
         return _digits(split)
-    if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return _from_archive(path, split)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such data; allowed: a folder, {ARCHIVE}, or 'digits'")
     for folder in (path, path / "cifar-10-batches-py"):
         if any((folder / name).is_file() for names in BATCHES.values() for name in names):
             return _from_folder(folder, split)
-    if (path / ARCHIVE).is_file():
-        return _from_archive(path / ARCHIVE, split)
+    archive = path / ARCHIVE if path.is_dir() else path
+    if archive.is_file() and archive.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _from_archive(archive, split)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such data; allowed: a folder, {ARCHIVE}, or 'digits'")
     if any(path.rglob("*.parquet")):
         return _from_parquet(path, split, processes)
     inside = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")

@@ -243,13 +243,13 @@ class Learner:
             ],
         )
 
-    def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
+    def step(self, images: Tensor, targets: Tensor, lr: float, whole_batch: int) -> Tensor:
         """Learn from a batch; return the sum of the losses and the number of correct images."""
         self.optimizer.learning_rate = lr
         x = normalise(images, torch.tensor(self.mean), torch.tensor(self.std)).permute(0, 2, 3, 1)
         x = x.to(self.network.linear.weight.dtype)
         log = self.model.train_on_batch(x.numpy(), targets.numpy(), return_dict=True)  # the metrics of this batch alone
-        losses, correct = batch_size * log["cross_entropy"], round(batch_size * log["accuracy"])
+        losses, correct = whole_batch * log["cross_entropy"], round(whole_batch * log["accuracy"])
         return torch.tensor([losses, correct], dtype=torch.float64)
 
     def logits(self, images: Tensor) -> Tensor:

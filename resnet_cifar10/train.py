@@ -143,10 +143,10 @@ class Learner:
         self.loss_and_correct = torch.compile(loss_and_correct, mode=mode) if compiled else loss_and_correct
         self.eager_loss_and_correct = loss_and_correct
 
-    def step(self, images: Tensor, targets: Tensor, lr: float, batch_size: int) -> Tensor:
+    def step(self, images: Tensor, targets: Tensor, lr: float, whole_batch: int) -> Tensor:
         """Learn from this process's part of a batch: uint8 [B, 32, 32, 3] and class probabilities [B, classes].
 
-        `batch_size` is that of the whole batch, of which other processes may have the other parts.
+        `whole_batch` is the size of the whole batch, of which other processes may have the other parts.
 
         Returns:
             float64 [2]: the sum of the losses in nats, and the number of correct images.
@@ -155,9 +155,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # a smaller last batch is not compiled: its shape would need a compilation of its own
-        compute = self.loss_and_correct if batch_size == self.setting.batch_size else self.eager_loss_and_correct
+        compute = self.loss_and_correct if whole_batch == self.setting.batch_size else self.eager_loss_and_correct
         loss, correct = compute(images, targets)
-        (loss / batch_size).backward()
+        (loss / whole_batch).backward()
         if dist.is_initialized():
             _sum_gradients(self.model)
         self.optimizer.step()
