@@ -61,8 +61,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         if rank == 0:
             claim(runs, read, framework)
         failed: list[str] = []
-        queue, in_work = list(enumerate(runs, 1)), 0
-        while in_work < len(queue):  # what others work on comes to the end of it: they may have ended, or died, by then
+        queue, in_work = list(enumerate(runs, 1)), []
+        while len(in_work) < len(queue):  # what others work on comes to the end of it: they may have ended, or died, by then
             number, (setting, seed, folder) = queue.pop(0)
             # looked up anew each time: another command may have done it; the file system of another host may be late
             is_done = from_first((folder / "result.json").exists())
@@ -74,14 +74,14 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
             later = sum(other.epochs * _relative_cost(other) for other in others)
             with locked(folder) if rank == 0 else nullcontext() as other:
                 if other := from_first(other):
-                    print(f"{setting.name}, seed {seed}: {other} is working on it")
                     queue.append((number, (setting, seed, folder)))
-                    in_work += 1
+                    in_work.append(f"{setting.name}, seed {seed}: {other} is working on it")
+                    print(in_work[-1])
                     continue
                 if from_first((folder / "result.json").exists()):
                     print(f"{setting.name}, seed {seed}: is done by now")
                     continue
-                in_work = 0
+                in_work = []
                 try:
                     run(setting, seed, read, folder, device, rank, framework, later)
                     continue
@@ -97,9 +97,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
                     note_failure(folder, failed[-1])
     if failed and rank == 0:  # as soon as another process fails, torchrun ends this one, which may still be exporting
         raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
-    if queue and rank == 0:
-        left = [f"{setting.name}, seed {seed}" for _, (setting, seed, _) in queue]
-        raise JobFailed(f"{len(left)} of {len(runs)} runs are left to others, which still work on them: {'; '.join(left)}")
+    if in_work and rank == 0:
+        raise JobFailed(f"{len(in_work)} of {len(runs)} runs are left to others: {'; '.join(in_work)}")
 
 
 def run_folders(settings: Sequence[Setting], out: Path) -> list[Task]:
