@@ -61,7 +61,8 @@ def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str 
         if rank == 0:
             claim(runs, read, framework)
         failed: list[str] = []
-        queue, in_work = list(enumerate(runs, 1)), []
+        in_work: list[str] = []
+        queue = list(enumerate(runs, 1))
         while len(in_work) < len(queue):  # what others work on comes to the end of it: they may have ended, or died, by then
             number, (setting, seed, folder) = queue.pop(0)
             # looked up anew each time: another command may have done it; the file system of another host may be late
