@@ -52,7 +52,6 @@ PHOTO_SECONDS = 20.0  # of processor time, for each photo
 WORKERS = 2  # processes; the largest photo that Pillow lets pass has 89 million pixels: 1.5 GB while it is read
 IN_FLIGHT = 40  # requests that are received, waiting or worked on; more are told to come back
 CONNECTIONS = 500  # open at once; more are closed, or the system's 1,024 files would be used up
-EVERYWHERE = ("0.0.0.0", "::")  # stand for all addresses of a machine
 COME_BACK = {"Retry-After": "1"}  # seconds
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
@@ -328,7 +327,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets
-        port, everywhere = sockets[0].getsockname()[1], self.config.host in EVERYWHERE
+        address, port, *_ = sockets[0].getsockname()
+        everywhere = ip_address(address).is_unspecified  # it stands for all addresses of this machine
         print(f"Open http://{'localhost' if everywhere else _in_url(self.config.host)}:{port} in a browser; Ctrl-C ends it.")
         if everywhere:
             print(f"Other devices open http://ADDRESS:{port} with this machine's address; all who reach it can use it.")
