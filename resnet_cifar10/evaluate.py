@@ -49,7 +49,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error in percent: mean gap of confidence and accuracy over bins (Guo et al. 2017, eq. 3, table 1)."""
+    """Expected calibration error in percent: mean gap of confidence to accuracy in bins (Guo et al. 2017, eq. 3, table 1)."""
     confidence, predicted = logits.double().softmax(1).max(1)
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, confidence - (predicted == labels).double())
