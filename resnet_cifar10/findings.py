@@ -176,13 +176,12 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
-    compared = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
-    if alike := [name for name, (p, *_) in compared if p >= 0.05]:
+    compared = [(row, welch(row.accuracies("test"), tests)) for row in others]
+    if alike := [row.name for row, found in compared if found and found[0] >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
-    repeated = [row for row in others if len(tests) > 1 < len(row.accuracies("test"))]
-    if same := [row.name for row in repeated if welch(row.accuracies("test"), tests) is None]:
+    if same := [row.name for row, found in compared if not found and len(tests) > 1 < len(row.accuracies("test"))]:
         text += f" No test can tell whether it differs from that of {join(same)}: neither's seeds vary."
-    if higher := [name for name, (_, low, _) in compared if low > 0]:
+    if higher := [row.name for row, found in compared if found and found[1] > 0]:
         text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell (each compared by itself)."
     single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
     if single and others:
