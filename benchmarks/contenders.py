@@ -113,7 +113,7 @@ def train(
     """Run the package's own training loop; after each epoch its seconds are handed over."""
     setting = Setting(name="benchmark", model=f"resnet{depth}", batch_size=batch_size, epochs=epochs, validation_size=0)
     nothing = split.subset(torch.arange(0))
-    keep_memory()  # as study.run does
+    keep_memory()  # as the command does
     learner = resnet_cifar10.train.Learner(setting, 0, split, device, precision, compiled)
     for metrics, _ in resnet_cifar10.train.train(learner, setting, 0, split, nothing):
         after_epoch(metrics["train_seconds"])

@@ -89,8 +89,10 @@ def train(
 
         study_on_ray(rows, data, out, device, ray, cpus, gpus)
     else:
+        from .machine import keep_memory
         from .study import study
 
+        keep_memory()
         study(rows, data, out, device, framework)
 
 

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from .errors import Interrupted, JobFailed, one_line
 from .files import read_json
+from .machine import keep_memory
 from .run_folder import locked, note_failure, read_metrics
 from .settings import Setting
 from .sources import load
@@ -140,6 +141,7 @@ def _task(setting: Setting, seed: int, folder: Path, data: str, cpus: int, devic
     if not (folder / "setting.json").exists():
         raise JobFailed(f"{platform.node()} sees no {folder}; allowed: an --out on storage that every node reaches")
     torch.set_num_threads(cpus)
+    keep_memory()
     with locked(folder, wait=True):
         done = folder / "result.json"
         return read_json(done) if done.exists() else run(setting, seed, partial(_load, data), folder, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .infer import SIZE
 from .photo_like import photo_like
+from .settings import AUGMENTATIONS
 
 CROP_PADDING = 4  # pixels on each side before the random crop (He et al. 2015, section 4.2)
 CUTOUT_SIZE = 8  # side of the filled square; DeVries & Taylor 2017 take 16 for wider networks and longer runs
@@ -27,6 +28,16 @@ class Split:
     labels: Tensor
     classes: tuple[str, ...]
     source: str
+
+    def __post_init__(self) -> None:
+        """Refuse with a ValueError what would be learned wrongly, or not before hours."""
+        right = self.images.dtype == torch.uint8 and self.images.shape == (len(self.labels), SIZE, SIZE, 3)
+        if not (right and self.labels.dtype == torch.int64 and ((self.labels >= 0) & (self.labels < len(self.classes))).all()):
+            found = ", ".join(f"{each.dtype} {list(each.shape)}" for each in (self.images, self.labels))
+            raise ValueError(
+                f"{self.source}: found images and labels {found}; allowed: uint8 [N, {SIZE}, {SIZE}, 3] and int64 [N], "
+                f"0 to {len(self.classes) - 1}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,6 +139,8 @@ def batches(
 
     """
     device, n, parts = split.images.device, len(split), augmentation.split("_")
+    if unknown := set(parts) - {"none", *AUGMENTATIONS}:
+        raise ValueError(f"augmentation: found {min(unknown)!r}; allowed: 'none', or {', '.join(AUGMENTATIONS)} joined by '_'")
     entropy = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     rng = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
 

@@ -17,7 +17,7 @@ Forward = Callable[[Tensor], Tensor]  # normalised images [N, 3, 32, 32] to logi
 
 @torch.inference_mode()
 def predict(model: Forward, images: Tensor, mean: list[float], std: list[float], batch_size: int = 250) -> Tensor:
-    """Map images uint8 [N, 32, 32, 3] to what the model gives, as float32 [N, ...] on their device."""
+    """Map images uint8 [N, 32, 32, 3] to what the model, in eval mode, gives: float32 [N, ...] on their device."""
     logits = []
     scale = torch.tensor(mean, device=images.device), torch.tensor(std, device=images.device)
     for batch in torch.split(images, batch_size):
@@ -80,8 +80,8 @@ def wilson_interval(percent: float, n: int) -> tuple[float, float]:
     return max(low, 0.0), min(high, 100.0)  # which rounding may miss by 1e-15
 
 
-def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperature: float) -> dict[str, Any]:
-    """Compute every metric of a split; accuracies are in percent, unrounded.
+def evaluate(logits: Tensor, labels: Tensor, classes: tuple[str, ...], temperature: float = 1.0) -> dict[str, Any]:
+    """Compute every metric of a split; accuracies are in percent, unrounded; "scaled" is of logits / temperature.
 
     Recall is None for a class without images, precision for one that no image was taken for.
     """

@@ -81,13 +81,15 @@ class ResNet(nn.Module):
         normalization: str = "batch",
         weight_init: str = "he_normal",
     ) -> None:
-        """Build and initialise the network; every argument takes the values that settings.Setting allows.
+        """Build and initialise the network; every argument but `shortcut` takes the values that settings.Setting allows.
 
         Raises:
             ValueError: If depth is not 6n + 2 with n >= 1, or an option is unknown.
 
         """
         super().__init__()
+        if not isinstance(shortcut, bool):
+            raise ValueError(f"shortcut: found {shortcut!r}; allowed: True, False")
         n, rest = divmod(depth - 2, 6)
         if rest or not 8 <= depth <= MAX_DEPTH:
             raise ValueError(f"depth {depth} is not 6n + 2 (8, 14, 20, 26, 32, ... {MAX_DEPTH})")

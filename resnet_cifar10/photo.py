@@ -24,13 +24,14 @@ APPLE = (b"ftyphe", b"ftypmif1", b"ftypavi")  # of the files that iPhones write,
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
 
-def read_photo(file: Path | io.BytesIO, name: str = "standard input") -> Image.Image:
+def read_photo(file: str | Path | io.BytesIO, name: str = "standard input") -> Image.Image:
     """Read a photo of a usual format as upright RGB.
 
     Raises:
         ValueError: With the file (or the name of the bytes) and the reason: unreadable, not an image, damaged or too large.
 
     """
+    file = Path(file) if isinstance(file, str) else file
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a photo is not our user's concern
@@ -124,6 +125,6 @@ def boxes(width: int, height: int) -> list[tuple[float, float, float, float]]:
 
 
 def views(photo: Image.Image) -> NDArray[np.uint8]:
-    """Reduce every box of a photo, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
+    """Reduce every box of an RGB photo, then mirror it: uint8 [2 * boxes, 32, 32, 3]."""
     upright = np.stack([np.asarray(reduced(photo, box)) for box in boxes(*photo.size)])
     return np.concatenate([upright, upright[:, :, ::-1]])

@@ -45,6 +45,8 @@ def load(path: str | Path, split: str, processes: int = 1) -> Split | None:
         ValueError: With one line that names the file, what was found and what is allowed.
 
     """
+    if split not in BATCHES:
+        raise ValueError(f"split: found {split!r}; allowed: {', '.join(BATCHES)}")
     path = Path(path)
     if str(path) == "digits" and not path.exists():
         return _digits(split)

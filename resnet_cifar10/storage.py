@@ -74,7 +74,10 @@ def check_tensors(where: str | Path, wanted: Mapping[str, Sequence[int]], tensor
 
 
 def save_model(folder: Path, model: ResNet, config: dict[str, Any]) -> None:
-    """Write model.safetensors and config.json; config["architecture"] holds the arguments of ResNet."""
+    """Write model.safetensors and config.json; config["architecture"] holds the arguments of ResNet.
+
+    What export and Classifier need besides, finish.finish measures.
+    """
     write_tensors(folder / "model.safetensors", model.state_dict(), {})
     write_json(folder / "config.json", config)
 

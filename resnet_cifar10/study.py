@@ -23,7 +23,7 @@ from .errors import Interrupted, JobFailed, one_line
 from .evaluate import Forward, evaluate, predict
 from .files import read_json, validated, write_json
 from .finish import finish
-from .machine import computes_in_bfloat16, environment, has_compiler, keep_memory, pick_device
+from .machine import computes_in_bfloat16, environment, has_compiler, pick_device
 from .model import ResNet, parameter_count
 from .processes import from_first, joined_processes, of_all
 from .progress import progress
@@ -42,7 +42,8 @@ Task = tuple[Setting, int, Path]  # a setting, a seed and their folder
 def study(settings: Sequence[Setting], data: str | Path, out: Path, device: str = "auto", framework: str = "pytorch") -> None:
     """Train every setting with each of its seeds; what is done is skipped.
 
-    Under torchrun each process calls this; the first one alone writes and prints.
+    Under torchrun each process calls this; the first one alone writes and prints. Call it in the main thread, for it answers
+    signals, and in a script below `if __name__ == "__main__":`, for processes that decode pictures import that.
 
     Raises:
         ValueError: If settings, data, device and output folder do not fit together, before anything is written; or what an
@@ -113,6 +114,8 @@ def backend(framework: str) -> Any:
         from . import tensorflow_twin as twin
 
         return twin
+    if framework != "pytorch":
+        raise ValueError(f"framework: found {framework!r}; allowed: pytorch, tensorflow")
     return SimpleNamespace(resolve=_resolve, Learner=Learner, forward=lambda network, _: network, VERSIONS={})
 
 
@@ -133,9 +136,10 @@ def run(
     framework: str = "pytorch",
     later: int = 0,
 ) -> dict[str, Any]:
-    """Train one setting with one seed and write its whole run folder; the test split is classified once, here at the end.
+    """Train one setting with one seed in the folder that `claim` prepared; the test split is classified once, at the end.
 
-    `later` is what other runs still have to do, in epochs x depth x width; it is told as time.
+    `read` gives the splits "train", "val" and "test", or None. `later` is what other runs still have to do, in epochs x depth x
+    width; it is told as time.
 
     Returns:
         The content of result.json, whose presence means done; {} where the rank is not 0.
@@ -146,7 +150,6 @@ def run(
         Interrupted: After Ctrl-C or SIGTERM.
 
     """
-    keep_memory()
     chosen = backend(framework)
     precision, compiled = chosen.resolve(setting, device)
     if compiled and not has_compiler():
@@ -250,8 +253,7 @@ def stop_requests() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in before.items():
-            if not received:  # else the second one may come while all this ends
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
 
 def epoch_line(name: str, setting: Setting, rows: list[dict[str, Any]], state: dict[str, Any], later: int) -> str:

@@ -80,7 +80,8 @@ def initial_network(setting: Setting, seed: int, classes: int, initial_weights: 
     """Build the network that a run begins with; `initial_weights` replace the random ones of the same names."""
     torch.manual_seed(seed)
     network = ResNet(**setting.architecture(classes))
-    network.load_state_dict(initial_weights or {}, strict=False)
+    if unknown := network.load_state_dict(initial_weights or {}, strict=False).unexpected_keys:
+        raise ValueError(f"initial_weights: found {unknown[0]!r}; allowed: the names of {setting.model}'s own weights")
     return network
 
 
@@ -97,10 +98,10 @@ class Learner:
         compiled: bool,
         initial_weights: Tensors | None = None,
     ) -> None:
-        """Build network and optimizer.
+        """Build network and optimizer; on a GPU all that PyTorch computes from then on is deterministic.
 
         Args:
-            setting: The row of the table.
+            setting: The row of the table, but for start_from, precision and compile, which the other arguments say.
             seed: Of the initial weights.
             training: The images to learn from, of which normalisation takes mean and deviation.
             device: "cpu" or "cuda".
@@ -118,7 +119,7 @@ class Learner:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
             torch.backends.cudnn.allow_tf32 = False  # else convolutions of "float32" keep 10 bits of 23,
             torch.set_float32_matmul_precision("highest")  # and matrix products, where an environment variable says so
-        dtype = torch.float64 if precision == "float64" else torch.float32
+        dtype = {"bfloat16": torch.float32, "float32": torch.float32, "float64": torch.float64}[precision]
         model = initial_network(setting, seed, len(training.classes), initial_weights)
         self.model = model.to(device, dtype)
         self.optimizer = make_optimizer(setting, model)
@@ -249,7 +250,7 @@ def train(
         shapes = {f"{part}.{key}": t.shape for part in ("model", "best") for key, t in learner.tensors()["model"].items()}
         shapes |= {f"optimizer.{key}": shape for key, shape in learner.moment_shapes().items()}
         check_tensors(checkpoint.where, shapes, checkpoint.tensors)
-        state, best = checkpoint.state, checkpoint.part("best")
+        state, best = dict(checkpoint.state), checkpoint.part("best")
         learner.restore(checkpoint.part("model"), checkpoint.part("optimizer"))
     device = learner.device
     training, validation_images = training.to(device), validation.images[rank::processes].to(device)

@@ -687,3 +687,22 @@ def test_mixup_mixes_pixels_and_targets_in_the_same_shares():
         assert float((images.float() - expected[:, None, None, None]).abs().max()) <= 0.51  # rounded to whole levels
         shares.append(round(float(targets.max(1).values.min()), 4))
     assert len(set(shares)) > 15 and sum(share > 0.9 for share in shares) >= 6  # beta(0.2, 0.2) is often near 0 or 1
+
+
+def test_images_labels_and_words_that_would_be_learned_wrongly_are_refused() -> None:
+    images, labels = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
+    made = Split(images, labels, ("a", "b"), "made up")
+    for wrong in (
+        {"images": images.float()},
+        {"images": images.permute(0, 3, 1, 2)},
+        {"images": torch.zeros(4, 48, 48, 3, dtype=torch.uint8)},
+        {"images": images[:3]},
+        {"labels": labels + 1},
+        {"labels": labels.int()},
+    ):
+        with pytest.raises(ValueError, match=r"made up: found .*allowed: uint8 \[N, 32, 32, 3\] and int64 \[N\], 0 to 1"):
+            dataclasses.replace(made, **wrong)
+    with pytest.raises(ValueError, match="found 'Crop'; allowed: 'none', or crop, flip"):
+        next(batches(made, 2, "Crop_flip", 0, 1, images[0, 0, 0]))
+    with pytest.raises(ValueError, match="found 'validation'; allowed: train, val, test"):
+        load("digits", "validation")

@@ -226,6 +226,14 @@ def test_the_lines_of_readme_and_model_card_run_without_this_package(photo: Imag
         assert answer == ("none of these" if threshold > 1 else prediction.label)
 
 
+def test_the_lines_of_readme_for_python_run(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.jpg")
+    lines = (ROOT / "README.md").read_text().rpartition("```python\n")[2].partition("```")[0]
+    prediction = Classifier("resnet32").classify(views(read_photo(tmp_path / "photo.jpg")))
+    printed = subprocess.check_output([sys.executable, "-c", lines], cwd=tmp_path, text=True)
+    assert printed == f"{prediction} {prediction.probabilities}\n"
+
+
 def test_five_percent_of_real_members_are_refused_as_photos(model: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
     threshold = rejection_threshold(Classifier(model), images)

@@ -44,7 +44,7 @@ def test_other_depths_are_refused(depth):
     assert str(depth) in str(error.value)
 
 
-@pytest.mark.parametrize("option", ["block", "activation", "normalization", "weight_init"])
+@pytest.mark.parametrize("option", ["block", "shortcut", "activation", "normalization", "weight_init"])
 def test_unknown_options_are_refused(option):
     with pytest.raises(ValueError, match=option):
         ResNet(8, **{option: "unheard_of"})

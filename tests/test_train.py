@@ -20,7 +20,7 @@ from conftest import ROOT, run
 
 from resnet_cifar10 import processes, run_folder, study
 from resnet_cifar10.data import Split, batches, normalise
-from resnet_cifar10.errors import JobFailed
+from resnet_cifar10.errors import Interrupted, JobFailed
 from resnet_cifar10.evaluate import fit_temperature
 from resnet_cifar10.export import describe
 from resnet_cifar10.files import write_json
@@ -30,7 +30,7 @@ from resnet_cifar10.muon import RMS, Muon, orthogonal
 from resnet_cifar10.run_folder import load_checkpoint
 from resnet_cifar10.settings import Setting, load_settings
 from resnet_cifar10.signals import signals
-from resnet_cifar10.storage import load_model
+from resnet_cifar10.storage import Tensors, load_model
 from resnet_cifar10.study import claim, epoch_line, split_data
 from resnet_cifar10.study import run as train_run
 from resnet_cifar10.train import Checkpoint, Learner, initial_network, train
@@ -80,6 +80,14 @@ def test_a_signal_stops_cleanly_and_says_how_to_go_on(
     assert "the same command again goes on" in stopped.err
     checkpoint, _ = load_checkpoint(tmp_path / "runs" / "small" / "seed-0")
     assert checkpoint and checkpoint.state["epoch"] == 1
+
+
+def test_a_training_that_was_stopped_from_python_gives_signals_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(study, "save", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        train_run(setting(epochs=2), 0, data, tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def unfinished(tmp_path: Path, run: Path) -> Path:
@@ -583,6 +591,33 @@ def test_seeds_differ_in_first_weights_and_held_out_images() -> None:
     first = [initial_network(setting(), seed, 4, None).conv.weight for seed in (0, 1)]
     held = [split_data(setting(), seed, data)[1].images for seed in (0, 1)]
     assert not torch.equal(*first) and not torch.equal(*held)
+
+
+def test_a_checkpoint_serves_two_runs() -> None:
+    row, (training, validation) = setting(epochs=2), (images(48), images(16))
+    learner = Learner(row, 0, training, "cpu", "float32", False)
+    _, checkpoint = next(train(learner, row, 0, training, validation))
+    checkpoint = Checkpoint.of(
+        checkpoint.state, **{part: clones(checkpoint.part(part)) for part in ("model", "best", "optimizer")}
+    )
+    ends = [[row["epoch"] for row, _ in train(learner, row, 0, training, validation, checkpoint)] for _ in range(2)]
+    assert ends == [[2], [2]]
+
+
+def clones(tensors: Tensors) -> Tensors:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def test_weights_of_other_names_are_no_first_weights() -> None:
+    weights = {f"module.{key}": tensor for key, tensor in ResNet(8, 4).state_dict().items()}
+    with pytest.raises(ValueError, match=r"found 'module\..*resnet8"):
+        initial_network(setting(), 0, 4, weights)
+
+
+def test_another_framework_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="found 'jax'; allowed: pytorch, tensorflow"):
+        study.study([setting()], "digits", tmp_path / "runs", framework="jax")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_step_is_that_of_pytorch() -> None:

@@ -286,14 +286,15 @@ def interrupted(rng: random.Random, count: int, folder: Path) -> Iterator[None]:
             command = GROUND.train(out)
             time.sleep(rng.uniform(0.05, GROUND.seconds))
             command.signal(number)
-            if rng.random() < 0.3:
+            if twice := rng.random() < 0.3:
                 time.sleep(rng.uniform(0, 0.05))
                 command.signal(number)
             if (ended := command.end()).status != 0:
                 break
             shutil.rmtree(out, ignore_errors=True)
         inside = ": epoch 1/" in ended.out and f": epoch {EPOCHS}/" not in ended.out
-        if inside or ended.status != -signal.SIGTERM:  # outside the epochs SIGTERM ends a process as it always does
+        # outside the epochs, and as it ends already, SIGTERM ends a process as it always does
+        if (inside and not twice) or ended.status != -signal.SIGTERM:
             ended.refused(128 + number, "stopped")
         GROUND.whole(out, ended)
         GROUND.finish(out)
