@@ -152,16 +152,21 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         return f"No setting can be called the best on {data}: {reason}.{asked}{last}"
     tests, validation = best.accuracies("test"), best.accuracies("validation")
     validated = [row for row in rows if row.accuracies("validation")]
-    rivals, sizes = len(validated), sorted({measured["n"] for row in validated for measured in row.measured("validation")})
+    rivals, sizes = len(validated), {measured["n"] for row in validated for measured in row.measured("validation")}
     seeds = shared_seeds(rows)
     text = f"{best.name} reaches {spread(validation)} % validation accuracy." if validation else f"{best.name} is finished."
     subject = "It"
     if rivals > 1:
         settings = f"{rivals} settings{'' if validated == list(rows) else ' with a finished run and validation images'}"
-        images = f"{join([f'{size:,}' for size in sizes], 'or')} images"
-        images += ", a rough choice" if len(sizes) > 1 or not seeds else ""
+        images = f"{best.measured('validation')[0]['n']:,} images"
+        images += "; others have other ones: a rough choice" if len(sizes) > 1 or not seeds else ""
         if seeds and any(len(row.done) > len(seeds) for row in validated):
-            images += f"; ranked by seed{'s' * (len(seeds) > 1)} {join(list(map(str, sorted(seeds))))}, which all have"
+            all_have = (
+                f"seeds {join(list(map(str, sorted(seeds))))}, which"
+                if len(seeds) > 1
+                else f"seed {min(seeds)}, the only one that"
+            )
+            images += f"; ranked by {all_have} all have"
         reached = f"({spread(validation)} % of {images})"
         text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
         if equals := equal_to(best, rows):
@@ -172,17 +177,18 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     test = best.measured("test")[0]
     trust = f"mean ± standard deviation of {len(tests)} seeds" if len(tests) > 1 else "one seed"
     low, high = wilson_interval(float(np.mean(tests)), test["n"])
-    trust += f"; 95 % interval by the choice of test images {low:.1f} to {high:.1f} %"
+    trust += f"; 95 % interval for other test images: {low:.1f} to {high:.1f} %"
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
     compared = [(row, welch(row.accuracies("test"), tests)) for row in others]
+    each = " (each compared by itself)" if len(others) > 1 else ""
     if alike := [row.name for row, found in compared if found and found[0] >= 0.05]:
-        text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')} (each compared by itself)."
+        text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')}{each}."
     if same := [row.name for row, found in compared if not found and len(tests) > 1 < len(row.accuracies("test"))]:
         text += f" No test can tell whether it differs from that of {join(same)}: neither's seeds vary."
     if higher := [row.name for row, found in compared if found and found[1] > 0]:
-        text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell (each compared by itself)."
+        text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell{each}."
     single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
     if single and others:
         once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")

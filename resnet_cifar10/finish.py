@@ -151,12 +151,11 @@ def write_card(folder: Path, config: dict[str, Any]) -> None:
     chosen = "chosen on validation" if accuracy["validation"] else "the last one, for no images were held out to choose by"
     chosen += ". The test images were looked at once, after that choice" if accuracy["test"] else ""
     members = f"""\
-Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation (where no image there is
-  named wrongly, one in n + 2 is taken to be). Membership is the mean cosine between the features of a photo's views and the
-  class means, each class weighted with its probability, less {EXCESS_WEIGHT} times the standard deviations by which the
-  contrasts of the second stage exceed those of validation images on average. A photo below
-  {config["rejection_threshold"]:.3f} is answered with "none of
-  these", as is one in twenty photos made of validation images."""
+Probabilities are scaled with temperature {config["temperature"]:.3f}, fitted on validation. Membership is the mean
+  cosine between the features of a photo's views and the class means, each class weighted with its probability, less
+  {EXCESS_WEIGHT} times the standard deviations by which the contrasts of the second stage exceed those of validation images on
+  average. A photo below {config["rejection_threshold"]:.3f} is answered with "none of these", as is one in twenty photos made
+  of validation images."""
     if not accuracy["validation"]:
         members = 'No photo is answered with "none of these": that takes validation images.'
     rows = [

@@ -183,7 +183,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
 
 def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
     """Plot the validation accuracy of each of many settings in a panel of its own, the baseline's in grey behind it."""
-    columns = 4
+    columns, behind = 4, {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
     told = [(row, *reached(row)) for row in rows]
 
     def paint(figure: Any) -> None:
@@ -193,7 +193,9 @@ def plot_panels(rows: Sequence[Row], baseline: Row | None) -> Picture:
                 plot_curves(axes, baseline.curves("validation_accuracy").mean(0)[None], (MUTED, "-"))
             plot_curves(axes, row.curves("validation_accuracy"), (LINES[0][0], "-"))
             axes.set_title(shortened(row.name), loc="left", fontsize=8)
-            axes.text(0.97, 0.06, f"{value:.1f}", color=LINES[0][0], ha="right", transform=axes.transAxes)
+            axes.text(0.97, 0.06, f"{value:.1f}", color=LINES[0][0], ha="right", transform=axes.transAxes, bbox=behind)
+        for axes in panels[max(0, len(rows) - columns) : len(rows)]:
+            axes.tick_params("x", labelbottom=True)
         for axes in panels[len(rows) :]:
             axes.remove()
         figure.supxlabel("epoch", color=MUTED, fontsize=9)
@@ -223,6 +225,7 @@ def plot_one(row: Row) -> Picture:
         plot_curves(below, row.curves("lr")[:1], (MUTED, "-"))
         below.set(xlabel="epoch", ylabel="lr")
         if s.lr_decay == "step":
+            below.lines[0].set_drawstyle("steps-mid")
             below.set_yscale("log")
             below.set_yticks([s.lr * s.lr_factor**falls for falls in range(1 + len(s.lr_milestones))])
             below.minorticks_off()

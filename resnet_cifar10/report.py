@@ -253,6 +253,7 @@ def report(
         "lstrip_blocks": True,
     }
     page = jinja2.Environment(autoescape=True, **settings).get_template("report.html.j2").render(content)
+    page = re.sub(r"(?<=\d) (?=[%±])|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", page)  # no line ends within a figure
     markdown_of = jinja2.Environment(finalize=markdown, **settings)  # nosec B701  (Markdown, not HTML)
     text = markdown_of.get_template("report.md.j2").render(content)
     pictures = [*overview, *(plot for _, plot in alone), shown, *content["signals"], content["differences"]]
