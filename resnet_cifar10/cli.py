@@ -136,22 +136,21 @@ def infer(
     from .infer import Classifier
     from .photo import encoded, read_photo, views
 
+    names = _photos(photo)
+    taken = {os.path.realpath(name) for name in names}
     for file in filter(None, (figure, explain)):
         check_file(file, ".png")
-    names = _photos(photo)
-    if same := {name for name in names for file in (figure, explain) if file and file.resolve() == Path(name).resolve()}:
-        raise ValueError(
-            f"--figure, --explain: found the photo {printable(min(same))}; allowed: a file that is none of the photos"
-        )
-    if figure and explain and figure.resolve() == explain.resolve():
-        raise ValueError(f"--figure, --explain: found {printable(str(figure))} twice; allowed: two files")
+        if os.path.realpath(file) in taken:
+            raise ValueError(f"--figure, --explain: found {printable(str(file))} twice; allowed: a file that is nothing else")
+        taken.add(os.path.realpath(file))
     if explain and len(names) > 1:
         raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")
     classifier = Classifier(model)
     answers, pictures = [], []
     for name in progress(names, "photos") if as_json else names:  # else each photo's line tells it
         try:
-            image = read_photo(_standard_input() if name == "-" else Path(name))
+            given = sys.stdin.buffer.read() if name == "-" and sys.stdin else b""  # None: closed by the shell
+            image = read_photo(BytesIO(given) if name == "-" else name)
         except ValueError as error:  # the other photos still count
             print(f"error: {printable(str(error))}", file=sys.stderr)
             continue
@@ -176,12 +175,6 @@ def infer(
         write(figure, encoded(draw(pictures), "PNG"))
     if len(answers) < len(names):
         raise typer.Exit(2)
-
-
-def _standard_input() -> BytesIO:
-    if sys.stdin is None:  # closed by the shell, as in "infer - <&-"
-        raise ValueError("standard input: closed; allowed: the bytes of a photo")
-    return BytesIO(sys.stdin.buffer.read())
 
 
 def _photos(arguments: list[str]) -> list[str]:

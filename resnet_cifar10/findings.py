@@ -106,10 +106,8 @@ def meaning(row: Row) -> dict[str, str]:
         "linear": "a straight line down to 0",
     }[s.lr_decay]
     ended = [f"seed {run.seed} after epoch {len(run.metrics)}" for run in row.done if len(run.metrics) < s.epochs]
-    since = "the last decay of lr" if s.lr_decay == "step" else "the end of the warm-up" if s.warmup else ""
-    counted = f", counted from {since} on" if since else ""
     rule = f"{s.patience} epoch{'s' * (s.patience != 1)} without a better validation accuracy "
-    rule += f"(or an equal one and a lower loss){counted}, and the run ends"
+    rule += "(or an equal one and a lower loss), counted after the warm-up and the last decay of lr, and the run ends"
     rule += f" ({join(ended)})" if ended else ""
     kept = "the epoch whose weights were kept, that of the best validation accuracy (first–last where seeds differ)"
     if row.done and not row.accuracies("validation"):
@@ -161,12 +159,7 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
         images = f"{best.measured('validation')[0]['n']:,} images"
         images += "; others have other ones: a rough choice" if len(sizes) > 1 or not seeds else ""
         if seeds and any(len(row.done) > len(seeds) for row in validated):
-            all_have = (
-                f"seeds {join(list(map(str, sorted(seeds))))}, which"
-                if len(seeds) > 1
-                else f"seed {min(seeds)}, the only one that"
-            )
-            images += f"; ranked by {all_have} all have"
+            images += "; ranked by the seeds that all have"
         reached = f"({spread(validation)} % of {images})"
         text = f"{best.name} is the best of {settings} by validation accuracy {reached}."
         if equals := equal_to(best, rows):
@@ -185,14 +178,8 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     each = " (each compared by itself)" if len(others) > 1 else ""
     if alike := [row.name for row, found in compared if found and found[0] >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')}{each}."
-    if same := [row.name for row, found in compared if not found and len(tests) > 1 < len(row.accuracies("test"))]:
-        text += f" No test can tell whether it differs from that of {join(same)}: neither's seeds vary."
     if higher := [row.name for row, found in compared if found and found[1] > 0]:
         text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell{each}."
-    single = [row.name for row in (others if len(tests) > 1 else [best]) if len(row.accuracies("test")) < 2]
-    if single and others:
-        once, them = ("have one finished seed each", "them") if len(single) > 1 else ("has one finished seed", "it")
-        text += f" {named(single)} {once}: with another seed the distances from {them} may differ."
     return text + last
 
 
@@ -239,20 +226,17 @@ def findings(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str]]:
 def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> list[str]:
     """Say what these runs cannot show."""
     single = [row.name for row in rows if len(row.done) == 1]
-    several = [len(row.done) for row in rows if len(row.done) > 1]
     epochs = [row.setting.epochs for row in rows]
     said = []
     if any(row.done for row in rows) and not any(row.accuracies("test") for row in rows):
         said.append("No test images: epochs, settings and temperatures were chosen by the same images; expect less of others.")
     if single:
-        each = "each " if len(single) > 1 else ""
-        of = f"{each}of {named(single)}" if several else "a setting"
-        said.append(f"One seed {of}: how far another one would end from it is not known.")
+        said.append(f"Only one seed of {named(single)}: how far another one would end from it is not known.")
     if any(each.p is not None for each in compared):
         said.append(
-            f"{span(several)} seeds {'of the others' if single else 'a setting'}: an interval that includes 0 does not "
-            "show that there is no difference. Where both sides have several seeds, the intervals are of the chance of the "
-            "seeds alone, which they take as normally distributed; all settings were measured with the same test images."
+            "An interval that includes 0 does not show that there is no difference. Where both sides have several seeds, the "
+            "intervals are of the chance of the seeds alone, which they take as normally distributed; all settings were "
+            "measured with the same test images."
         )
     return [
         *said,
@@ -270,7 +254,7 @@ def notes(
     data: str,
 ) -> dict[str, str]:
     """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
-    lines = objective = dots = logarithmic = enlarged = seeds = once = left_out = ""
+    lines = objective = enlarged = seeds = once = ""
     if any(len(row.runs) > 1 for row in rows):
         lines = (
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
@@ -281,10 +265,6 @@ def notes(
             "With label smoothing or mixed images the training loss contains them; it cannot be compared with the "
             "validation loss, which does not. "
         )
-    if any(row.done for row in rows):
-        dots = "A dot is the epoch whose weights were kept. "
-    if any(row.setting.lr_decay == "step" for row in rows):
-        logarithmic = " The learning rate, below, stands on a logarithmic axis where it falls in steps."
     if len({row.curves("lr").shape[1] for row in rows} - {0}) > 1:
         enlarged = " A dotted line only leads from the end of a curve to its name."
     if any(row.curves("lr").shape[1] >= 40 for row in top):  # in fewer epochs, a twentieth is one
@@ -300,7 +280,6 @@ def notes(
         )
     if any(each.single for each in compared):
         once = "With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
-        left_out = "Settings with one seed stand in the table alone. "
     alike = [
         f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of {ALIKE}."
         for first, *more in groups
@@ -316,7 +295,8 @@ def notes(
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
         f"can differ from their dot by some tenths of a point, and lie above the end of the curve{unfinished}.{enlarged}",
-        "curves": f"{lines}{objective}{dots}All this was measured while training, in the run's own precision.{logarithmic}",
+        "curves": f"{lines}{objective}A dot is the epoch whose weights were kept. All this was measured while training, in the "
+        "run's own precision. The learning rate, below, stands on a logarithmic axis where it falls in steps.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
         "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
         f"weights{unfinished}.",
@@ -331,7 +311,8 @@ def notes(
         "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
         "differences": f"Mean difference in test accuracy against {name} with its 95 % interval "
         "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
-        f"hollow: by itself only; grey: they cannot. {left_out}The axis is logarithmic beyond 2 points.",
+        f"hollow: by itself only; grey: they cannot. Settings with one seed stand in the table alone. The axis "
+        "is logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }
 
@@ -345,9 +326,6 @@ def provenance(row: Row) -> dict[str, str]:
         texts = [", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in each) for each in values]
         return " or ".join(dict.fromkeys(texts)) or "not begun"
 
-    processes = seen("world_size")
-    parts = {"batch": "each one's part of a batch", "sync_batch": "whole batches"}
-    statistics = f", statistics of {parts[row.setting.normalization]}" if row.setting.normalization in parts else ""
     nothing = "none" if row.done else "none yet"
     exact = "none; each run equals an uninterrupted one on its machine" if any(run.metrics for run in row.runs) else nothing
     marked = [f"seed {run.seed}, {why}" for run in row.runs if (why := run.environment.get("not_bit_exact"))]
@@ -359,7 +337,7 @@ def provenance(row: Row) -> dict[str, str]:
         "Processor": seen("processor", "instructions"),
         "Device, threads": seen("device", "threads"),
         "Precision": seen("precision"),
-        "Processes": processes + (statistics if processes != "1" and any(run.environment for run in row.runs) else ""),
+        "Processes": seen("world_size"),
         "Framework": row.framework + (f" {seen('tensorflow')}" if row.framework == "TensorFlow" else ""),
         "PyTorch, Python": seen("torch", "python"),
         "Git commit of the code": re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", seen("git_commit")),

@@ -193,25 +193,21 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
 
 def _check_same_data(runs: Sequence[Run]) -> None:
     """Make sure that runs can be compared: one data set by its name, its classes and, where they must be alike, its images."""
-    first: dict[Any, tuple[Run, Any]] = {}
+    first: dict[str, tuple[Run, Any]] = {}
     for run in (run for run in runs if run.environment):
-        facts: dict[tuple[Any, ...], Any] = {("data",): run.environment["data"]}
-        if digest := run.environment.get("training_sha256"):
-            facts["training images", run.seed, run.setting.validation_size] = digest
+        held_out = f"training images, seed {run.seed}, {run.setting.validation_size} held out"
+        facts = {"data set": run.environment["data"], held_out: run.environment.get("training_sha256")}
         for split in ("validation", "test"):
             if measured := run.result.get(split):
-                facts[f"{split} classes",] = list(measured["per_class"])
+                facts[f"{split} classes"] = list(measured["per_class"])
         if test := run.result.get("test"):
-            facts["test images",] = test["n"]
-            if digest := test.get("data_sha256"):
-                facts["test images", "sha256"] = digest
-        for key, value in facts.items():
-            other, found = first.setdefault(key, (run, value))
+            facts |= {"number of test images": test["n"], "test images": test.get("data_sha256")}
+        for what, value in facts.items():
+            other, found = first.setdefault(what, (run, value)) if value else (run, value)  # older runs lack checksums
             if found != value:
-                what = f"{found}; {value}" if key == ("data",) else f"other {key[0]}"
                 raise ValueError(
-                    f"{other.folder} and {run.folder} are on different data ({what}) and cannot be compared; "
-                    "write a report of each"
+                    f"{other.folder} and {run.folder} are on different data ({what}: {found}; {value}) and cannot be "
+                    "compared; write a report of each"
                 )
 
 

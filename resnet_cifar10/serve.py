@@ -292,17 +292,17 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._limit_time_to_next_request()
         if len(self.connections) > CONNECTIONS:
             transport.abort()
 
     def on_response_complete(self) -> None:
-        self._wait()  # first, for the next request may have come already
+        self._limit_time_to_next_request()  # first, for the next request may have come already
         super().on_response_complete()
 
-    def _wait(self) -> None:
+    def _limit_time_to_next_request(self) -> None:
         cycle = self.cycle
-        self._give_up_if(lambda: self.cycle is cycle)  # no other request has begun
+        self._give_up_if(lambda: self.cycle is cycle)  # it becomes another one as soon as a request has begun
 
     def pause_writing(self) -> None:
         super().pause_writing()

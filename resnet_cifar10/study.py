@@ -239,16 +239,14 @@ def run(
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collect the first Ctrl-C or SIGTERM, so that the current step ends; a second one leaves at once."""
+    """Collect the first Ctrl-C or SIGTERM, so that the current step ends; a second one does what it did before."""
     received: list[int] = []
 
     def remember(number: int, frame: object) -> None:
-        if received:
-            os.write(2, b"error: stopped at once; the same command again goes on from the last whole epoch\n")
-            os._exit(128 + number)
         received.append(number)
+        signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -332,16 +330,13 @@ def _initial_weights(setting: Setting, seed: int, folder: Path, training: Split,
         network, config = load_model(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    source, before = config["data"], config["setting"].get("validation_size")
-    held_out = (source, config.get("seed"), before) == (training.source, seed, setting.validation_size)
-    same_source = source.partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
-    same_images = config.get("training_sha256", training.sha256) == training.sha256
-    if setting.validation_size and not read("val") and same_source and not (held_out and same_images):
-        other = "other images of " if held_out else ""
+    same_data = config["data"].partition(" (")[0] == training.source.partition(" (")[0]  # a JPEG copy is the same
+    same_images = config.get("training_sha256") == training.sha256
+    if setting.validation_size and not read("val") and same_data and not same_images:
         raise ValueError(
-            f"{where}: {name} was trained on {other}{source} with seed {config.get('seed')} and validation_size {before}; "
-            f"allowed: the same data, seed {seed} and validation_size {setting.validation_size}; "
-            "otherwise it may have learned from the validation images of this run"
+            f"{where}: {name} was trained on other images of {config['data']} (seed {config.get('seed')}, validation_size "
+            f"{config['setting'].get('validation_size')}); allowed: the same data, seed {seed} and validation_size "
+            f"{setting.validation_size}; otherwise it may have learned from the validation images of this run"
         )
     wanted, there = setting.architecture(len(config["classes"])), config["architecture"]
     plain = [{key: str(value).removeprefix("sync_") for key, value in each.items()} for each in (wanted, there)]
