@@ -24,7 +24,7 @@ test: .venv/full  ## Style, types and behaviour; warnings are errors
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-torture: .venv/full  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, half an hour or more
+torture: .venv/full  ## Kills, full disks, hostile files; minutes, with SCALE=1 the full form, an hour or so
 	$(BIN)/python -m torture --report reports/reliability.md $(if $(SCALE),--scale $(SCALE)) $(if $(SEED),--seed $(SEED))
 
 bench: .venv/ready  ## How fast it is here; DATA=folder measures on CIFAR-10 itself

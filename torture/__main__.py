@@ -139,7 +139,7 @@ def main() -> int:
     """Run the rows and say what came of them: 0 where nothing failed."""
     parser = argparse.ArgumentParser("torture", description=__doc__)
     parser.add_argument(
-        "--scale", type=float, default=0.1, help="share of the full counts (1: half an hour; default %(default)s: minutes)"
+        "--scale", type=float, default=0.1, help="share of the full counts (1: an hour; default %(default)s: minutes)"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other moments and mutations")
     parser.add_argument("--only", choices=[row.key for row in ROWS], action="append", help="only this row; can be repeated")
@@ -182,7 +182,7 @@ def _torture(work: Path, options: argparse.Namespace) -> int:
         print(_line(outcomes[-1]), flush=True)
         for failure in outcomes[-1].failures:
             print(f"  FAILED: {failure}", flush=True)
-        report = _report(outcomes, options, time.monotonic() - started)
+        report = _report(outcomes, len(rows), options, time.monotonic() - started)
         if options.report:
             options.report.write_text(report)
         if outcomes[-1].stopped:
@@ -215,12 +215,12 @@ def _cells(outcome: Outcome) -> list[str]:
     return [outcome.row.what, outcome.row.must, *(f"{number:,}" for number in numbers), _notes(outcome)]
 
 
-def _report(outcomes: list[Outcome], options: argparse.Namespace, seconds: float) -> str:
+def _report(outcomes: list[Outcome], asked: int, options: argparse.Namespace, seconds: float) -> str:
     facts = environment("cpu")
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     rows = [f"| {' | '.join(cells)} |" for cells in (HEAD, ["---"] * len(HEAD), *map(_cells, outcomes))]
     failures = [f"- {outcome.row.key}: {failure}" for outcome in outcomes for failure in outcome.failures]
-    first = training.GROUND
+    first, unfinished = training.GROUND, outcomes[-1].stopped or len(outcomes) < asked
     return f"""# Reliability
 
 Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: scale {options.scale:g} (1 is the full form), seed
@@ -230,7 +230,7 @@ Written by `make torture` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: sca
 
 {chr(10).join(rows)}
 
-{"Failures:" if failures else "Stopped before the last row." if outcomes[-1].stopped else "No failures."}
+{"Failures:" if failures else f"Stopped after {len(outcomes)} of {asked} rows." if unfinished else "No failures."}
 {"".join(chr(10) + failure for failure in failures)}
 - The training that is killed: ResNet-8, {training.TRAIN_IMAGES} images of handwritten digits, {training.EPOCHS} epochs,
   {first.seconds:.1f} s undisturbed. Nine in ten of the kills put the bytes of the first run's ONNX graph in place of the
