@@ -174,11 +174,11 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
-    compared = [(row, welch(row.accuracies("test"), tests)) for row in others]
+    compared = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
     each = " (each compared by itself)" if len(others) > 1 else ""
-    if alike := [row.name for row, found in compared if found and found[0] >= 0.05]:
+    if alike := [name for name, (p, *_) in compared if p >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')}{each}."
-    if higher := [row.name for row, found in compared if found and found[1] > 0]:
+    if higher := [name for name, (_, low, _) in compared if low > 0]:
         text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell{each}."
     return text + last
 
@@ -311,8 +311,8 @@ def notes(
         "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
         "differences": f"Mean difference in test accuracy against {name} with its 95 % interval "
         "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
-        f"hollow: by itself only; grey: they cannot. Settings with one seed stand in the table alone. The axis "
-        "is logarithmic beyond 2 points.",
+        "hollow: by itself only; grey: they cannot. Settings with one seed stand in the table alone. The axis is "
+        "logarithmic beyond 2 points.",
         "command": "This page and every figure on it were written from the saved runs, without training anything, by",
     }
 
