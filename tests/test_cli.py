@@ -104,6 +104,12 @@ def test_a_model_card_shows_names_as_they_are(digits_run: Path, tmp_path: Path) 
     assert "classes: \\<b\\>bold, \\$x\\$." in card and "| name | One \\*epoch\\* \\| \\[a\\](b) |" in card
 
 
+def test_the_page_on_files_names_all_that_a_run_leaves(digits_run: Path) -> None:
+    page = (ROOT / "docs/files.md").read_text()
+    missing = [f.name for f in digits_run.rglob("*") if not f.name.startswith(".") and f"`{f.name}`" not in page]
+    assert not missing
+
+
 def test_the_lines_of_a_new_model_card_run(digits_run: Path, tmp_path: Path) -> None:
     lines = (digits_run / "model" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     for name in ("model.onnx", "config.json"):
