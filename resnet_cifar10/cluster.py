@@ -72,11 +72,14 @@ def study_on_ray(
         print(f"reading {data}")
         claim(runs, partial(_load, data))
         todo = [one for one in runs if not (one[2] / "result.json").exists()]
+        for *_, folder in todo:
+            with locked(folder):  # empties the lock of a dead worker: what a lock says shows which runs are under way
+                pass
         print(f"{len(runs)} runs, {len(runs) - len(todo)} are done; {len(nodes)} nodes; a run has {cpus} CPUs, {gpus:g} GPUs")
         # said here and not by .options(): only so has each run on a GPU a process of its own (Ray's issue 47767)
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=MAX_RETRIES)(_task)
         tasks = {task.remote(*one, data, cpus, "cuda" if gpus else "cpu", Path.cwd()): one for one in todo}
-        failed = 0
+        failed: list[str] = []
         console = Console()
         said = 0.0
         with Live(console=console, transient=True, auto_refresh=False) as live:
@@ -84,9 +87,11 @@ def study_on_ray(
                 ended, _ = ray.wait(list(tasks), timeout=REFRESH_SECONDS)
                 for ref in ended:
                     setting, seed, folder = tasks.pop(ref)
-                    has_failed, how = _ended(ray, ref, folder)
-                    failed += has_failed
-                    print(f"{setting.name}, seed {seed}: {how}")
+                    try:
+                        print(_done(ray, ref, f"{setting.name}, seed {seed}", folder))
+                    except JobFailed as error:
+                        failed.append(str(error))
+                        print(f"failed: {error}")
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:
                     live.update(Group(table, summary), refresh=True)
@@ -96,19 +101,26 @@ def study_on_ray(
     if received:
         raise Interrupted(received[0])
     if failed:
-        raise JobFailed(f"{failed} of {len(runs)} runs failed; the same command again tries them once more")
+        raise JobFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
-def _ended(ray: Any, ref: Any, folder: Path) -> tuple[bool, str]:
-    """Say whether a task failed, and how it ended; why a network could not be trained is left in its folder."""
+def _done(ray: Any, ref: Any, name: str, folder: Path) -> str:
+    """Say how a task has ended.
+
+    Raises:
+        JobFailed: With the reason; that a network could not be trained is left in its folder too.
+
+    """
     try:
         test = ray.get(ref)["test"]
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", error)  # of a bug we show where it is
+        cause = getattr(error, "cause", error)
         if isinstance(cause, JobFailed):
             note_failure(folder, str(cause))
-        return True, f"failed: {cause if isinstance(cause, ValueError | JobFailed | OSError) else error}"
-    return False, f"done, test accuracy {test['accuracy']:.2f} %" if test else "done"
+            raise cause from None
+        told = cause if isinstance(cause, ValueError | OSError) else error  # of a bug we show where it is
+        raise JobFailed(f"{name}: {told}") from None
+    return f"{name}: done, test accuracy {test['accuracy']:.2f} %" if test else f"{name}: done"
 
 
 def _progress(runs: Sequence[Task]) -> tuple[Table, str]:

@@ -232,6 +232,10 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
         said.append("No test images: epochs, settings and temperatures were chosen by the same images; expect less of others.")
     if single:
         said.append(f"Only one seed of {named(single)}: how far another one would end from it is not known.")
+    for key, what in (("precision", "precision"), ("world_size", "number of processes")):
+        found = sorted({str(run.environment[key]) for row in rows for run in row.done if key in run.environment})
+        if len(found) > 1:
+            said.append(f"Not all runs had the same {what} ({join(found)}; see the last section): differences contain that.")
     if any(each.p is not None for each in compared):
         said.append(
             "An interval that includes 0 does not show that there is no difference. Where both sides have several seeds, the "

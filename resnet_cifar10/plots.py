@@ -147,7 +147,7 @@ def mark_kept(axes: Any, row: Row, colour: str) -> None:
 def reached(row: Row) -> tuple[float, str]:
     """The validation accuracy of the kept weights, of an unfinished row the last one, and the words of a plot for it."""
     value = float(np.mean(row.accuracies("validation") or row.curves("validation_accuracy")[:, -1]))
-    return value, f"{shortened(row.name)} {value:.1f}" + ("" if row.done else " (unfinished)")
+    return value, f"{shortened(row.name)} {value:.1f}" + ("" if row.done else " (not finished)")
 
 
 def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
@@ -177,7 +177,7 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
         axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
         label_ends(axes, ends)
 
-    alt = f"Validation accuracy by epoch, {title}: {join([f'{text} %' for *_, text in told])}"
+    alt = f"Validation accuracy by epoch in percent, {title}: {join([text for *_, text in told])}"
     return draw("all-settings-top" if enlarged else "all-settings", alt, (5.4, 3.3), paint)
 
 

@@ -52,7 +52,7 @@ def joined_processes(device: str) -> Iterator[int]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise JobFailed(f"another process of this run has ended: {one_line(error)}") from error
+        raise JobFailed(f"another process of this run has ended, and says why if it could: {one_line(error)}") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -96,7 +96,7 @@ def resume(folder: Path, environment: dict[str, Any]) -> tuple[list[dict[str, An
         before = read_json(folder / "environment.json")
         not_bit_exact = before.get("not_bit_exact", "")
         if changed := [key for key in environment if before.get(key) != environment[key] and key not in ("git_commit", "data")]:
-            what = [key if key == "code_sha256" else f"{key} (it was {before.get(key)})" for key in changed]
+            what = [key if key == "code_sha256" else f"{key} ({before.get(key)}, now {environment[key]})" for key in changed]
             reason = f"resumed after epoch {epoch} with a change of {', '.join(what)}"
             not_bit_exact = "; ".join(filter(None, [not_bit_exact, reason]))
     # with the reason: a run that is killed before its next checkpoint must not lose it

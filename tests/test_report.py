@@ -866,6 +866,16 @@ def test_the_best_setting_is_not_that_of_the_luckiest_seed(tmp_path: Path) -> No
     assert "Setting #2 is the best of 2 settings by validation accuracy (92.00 ± 0.00 % of 5,000 images)" in text
 
 
+def test_runs_that_were_not_computed_alike_are_a_limit(tmp_path: Path) -> None:
+    for seed, facts in enumerate([{"world_size": 1}, {"world_size": 2}, {}]):
+        folder = write_run(tmp_path / "runs", ONE, seed, 90 + seed)
+        environment = json.loads((folder / "environment.json").read_text())
+        write_json(folder / "environment.json", environment | facts | {"precision": "float32"})
+    text = report([tmp_path / "runs"], tmp_path / "out").with_suffix(".md").read_text()
+    limits = text.partition("## What these runs cannot show")[2]
+    assert "Not all runs had the same number of processes (1 and 2; " in limits and "same precision" not in limits
+
+
 def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Path) -> None:
     for seed, epochs in enumerate((6, 5)):
         write_run(tmp_path / "study", ONE, seed, 90.0, epochs=epochs)

@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_elsewhere_or_with_other_code_says_so_and_keeps_the_m
     facts = json.loads((folder / "environment.json").read_text())
     (folder / "environment.json").write_text(json.dumps(facts | {key: "before"}))
     resumed = run("train", table(tmp_path), "--data", "digits", "--out", tmp_path / "runs")
-    told = f"resumed after epoch 2 with a change of {key}{'' if key == 'code_sha256' else ' (it was before)'}"
+    told = f"resumed after epoch 2 with a change of {key}{'' if key == 'code_sha256' else f' (before, now {facts[key]})'}"
     assert f"not bit-exact: {told}\n" in resumed.out
     assert json.loads((folder / "environment.json").read_text())["not_bit_exact"] == told
 
