@@ -90,7 +90,7 @@ def study_on_ray(
                     try:
                         print(_done(ray, ref, f"{setting.name}, seed {seed}", folder))
                     except JobFailed as error:
-                        failed.append(str(error))
+                        failed.append(one_line(error))
                         print(f"failed: {error}")
                 table, summary = _progress(list(tasks.values()))
                 if console.is_terminal:
