@@ -47,7 +47,7 @@ class Group(NamedTuple):
 
 def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> tuple[list[Group], dict[str, str]]:
     """Say what is measured, and what this machine cannot show with the reason."""
-    steps, turns, singles, side, depths = (2, 1, 10, 256, [8]) if quick else (8, 3, 300, 2048, [20, 32, 56])
+    steps, turns, singles, side, depths = (2, 1, 10, 256, [8]) if quick else (6, 3, 300, 2048, [20, 32, 56])
     resolve = partial(backend("pytorch").resolve, Setting(name="default"))  # as `train` does
     precision, compiled = resolve("cpu")
     missing, kinds, devices = {}, list(dict.fromkeys([precision, "float32"])), ["cpu", "cuda"]
@@ -82,6 +82,8 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
     ways = {"PyTorch eager": partial(c.inference, images, singles, c.torch_network, False)}
     if compiler:
         ways["PyTorch compiled"] = partial(c.inference, images, singles, c.torch_network, True)
+    if compiled:
+        ways["PyTorch compiled, bfloat16"] = partial(c.inference, images, singles, c.torch_network, True, True)
     for name, file in ("ONNX Runtime", c.MODEL / "model.onnx"), ("ONNX Runtime, int8", folder / "int8.onnx"):
         ways[name] = partial(c.inference, images, singles, c.onnx_network, file)
     photo = Path(skimage.data_dir) / "rocket.jpg"
@@ -92,7 +94,7 @@ def groups(split: Split, test: Split, data: str, quick: bool, folder: Path) -> t
         "once started": partial(c.photo, photo, singles),
     }
     readers = {
-        "our reader of photos (Pillow), one after another": partial(c.loading, data, True),
+        "Pillow, one after another": partial(c.loading, data, True),
         "ours": partial(c.loading, data, False),
     }
     return [
@@ -235,6 +237,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="only groups whose title holds this word")
     parser.add_argument("--quick", action="store_true", help="the smallest form, for tests: its figures mean nothing")
     args = parser.parse_args()
+    started = time.perf_counter()
     split, test = (load(args.data, part, os.cpu_count() or 1) if args.data else synthetic(10_000) for part in ("train", "test"))
     if split is None or test is None:
         raise ValueError(f"--data: {args.data}: training or test images are missing")
@@ -249,14 +252,15 @@ def main() -> None:
         folder = Path(name)
         everything, missing = groups(split, test, args.data, args.quick, folder)
         chosen = [group for group in everything if not args.only or any(word in group.title for word in args.only)]
-        c.quantise(split.images[: 8 if args.quick else 512].numpy(), folder / "int8.onnx")
-        if args.data:
-            notes.append(c.int8_accuracy(folder / "int8.onnx", split))
-        started, before, whole = time.perf_counter(), 0.0, sum(group.seconds for group in chosen)
+        if any(group.title == "inference" for group in chosen):
+            c.quantise(split.images[: 8 if args.quick else 512].numpy(), folder / "int8.onnx")
+            if args.data:
+                notes.append(c.int8_accuracy(folder / "int8.onnx", split))
+        measuring, before, whole = time.perf_counter(), 0.0, sum(group.seconds for group in chosen)
         for group in chosen:
 
             def say(text: str, share: float, group: Group = group, before: float = before) -> None:
-                done, passed = before + share * group.seconds, time.perf_counter() - started
+                done, passed = before + share * group.seconds, time.perf_counter() - measuring
                 left = (whole - done) * (passed / done if done else 1)  # at the speed of this machine, once it is known
                 print(f"{text}; about {left / 60:.1f} min left", file=sys.stderr, flush=True)
 

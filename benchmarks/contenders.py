@@ -213,15 +213,16 @@ def first_step(split: Split, *how: Any, report: Report) -> None:
 # --- inference, evaluation, loading, whole processes ---
 
 
-def torch_network(compiled: bool) -> Callable[[Images], Any]:
-    """Return the built-in network in PyTorch: eager and NCHW, or compiled and channels_last."""
+def torch_network(compiled: bool, bfloat16: bool = False) -> Callable[[Images], Any]:
+    """Return the built-in network in PyTorch: eager and NCHW, or compiled and channels_last; the latter also in bfloat16."""
     network, config = storage.load_model(MODEL)
     layout = torch.channels_last if compiled else torch.contiguous_format
     network = network.to(memory_format=layout)
     mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return network(normalise(images, mean, std).contiguous(memory_format=layout))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return network(normalise(images, mean, std).contiguous(memory_format=layout))
 
     fast = torch.compile(run, dynamic=False) if compiled else run
     return torch.inference_mode()(lambda images: fast(torch.from_numpy(images)))
@@ -287,13 +288,17 @@ def evaluation(test: Split, report: Report) -> None:
 
 
 def loading(data: str, pillow: bool, report: Report) -> None:
-    """Read training and test images in a program of its own; or one after another with our reader of photos, Pillow's."""
-    program = f"""import time
-from resnet_cifar10 import decode
+    """Read training and test images in a program of its own; or let Pillow decode them, one after another."""
+    program = f"""import io, numpy, time
+from PIL import Image
+from resnet_cifar10 import sources
 from resnet_cifar10.sources import load
-{"decode._quick = lambda content: None" if pillow else ""}
+def one_by_one(files, *_):
+    opened = (Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) for file in files)
+    return numpy.stack([numpy.asarray(image.convert("RGB")) for image in opened])
+{"sources.decode = one_by_one" if pillow else ""}
 started = time.perf_counter()
-images = sum(len(load({data!r}, part, {1 if pillow else os.cpu_count()})) for part in ("train", "test"))
+images = sum(len(load({data!r}, part, {os.cpu_count()})) for part in ("train", "test"))
 print(images, time.perf_counter() - started)"""
     while True:
         images, seconds = subprocess.check_output([sys.executable, "-c", program], text=True).split()
