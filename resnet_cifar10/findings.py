@@ -10,7 +10,7 @@ import numpy as np
 
 from .evaluate import wilson_interval
 from .files import portable
-from .results import ALIKE, FEW, Comparison, Row, differing, equal_to, join, shared_seeds, signed, spread, welch
+from .results import ALIKE, FEW, Comparison, Row, changes, differing, equal_to, join, shared_seeds, signed, spread, welch
 from .settings import AUGMENTATIONS
 
 COMPARISON_COLUMNS = ("Setting", "Against", "What differs", "Points", "95 % interval", "p", "Told apart")
@@ -40,9 +40,9 @@ def span(numbers: Iterable[float], form: str = ",") -> str:
     return least if least == greatest else f"{least}–{greatest}"
 
 
-def named(names: Sequence[str]) -> str:
+def named(names: Sequence[str], what: str = "settings") -> str:
     """Name settings as in a sentence, and count the many."""
-    return join(names) if len(names) <= FEW else f"{len(names)} settings"
+    return join(names) if len(names) <= FEW else f"{len(names)} {what}"
 
 
 def merged(rows: Sequence[Row], describe: Callable[[Row], dict[str, str]]) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ def meaning(row: Row) -> dict[str, str]:
     }
 
 
-def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None) -> str:
+def answer(rows: Sequence[Row], best: Row | None, compared: Sequence[Comparison], data: str, goal: float | None) -> str:
     """Write the result in a few sentences; `goal` is the test accuracy in percent that was asked for."""
     runs = [run for row in rows for run in row.runs]
     tested, finished = [row for row in rows if row.accuracies("test")], any(row.done for row in rows)
@@ -174,13 +174,32 @@ def answer(rows: Sequence[Row], best: Row | None, data: str, goal: float | None)
     text += f" {subject} classifies {spread(tests)} % of the {test['n']:,} test images of {data} correctly ({trust})."
     text += asked
     others = [row for row in tested if row is not best]
-    compared = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
+    if len(others) > FEW:
+        return text + _summary(compared) + last
     each = " (each compared by itself)" if len(others) > 1 else ""
-    if alike := [name for name, (p, *_) in compared if p >= 0.05]:
+    welched = [(row.name, found) for row in others if (found := welch(row.accuracies("test"), tests))]
+    if alike := [name for name, (p, *_) in welched if p >= 0.05]:
         text += f" The seeds cannot tell its test accuracy from that of {join(alike, 'or')}{each}."
-    if higher := [name for name, (_, low, _) in compared if low > 0]:
+    if higher := [name for name, (_, low, _) in welched if low > 0]:
         text += f" The test accuracy of {join(higher)} is higher, as the seeds can tell{each}."
     return text + last
+
+
+def _summary(compared: Sequence[Comparison]) -> str:
+    """Say which of many settings the seeds tell from the baseline, the best and the worst first."""
+    tested = [each for each in compared if each.main and each.p is not None]
+    if not tested:
+        return ""
+    apart = [each for each in tested if each.told != "no"]
+    text = f" The seeds tell {len(apart)} of {len(tested)} settings from {join(sorted({c.other.name for c in tested}), 'or')}."
+    for which, found in (
+        ("Higher", [each for each in apart if each.gain > 0]),
+        ("Lower", [each for each in reversed(apart) if each.gain < 0]),
+    ):
+        shown = [f"{each.row.name} ({signed(each.gain, 1)})" for each in (found[:3] if found[FEW:] else found)]
+        shown += [f"{len(found) - 3} others"] if found[FEW:] else []
+        text += f" {which}, in points of test accuracy: {join(shown)}." if shown else ""
+    return f"{text} Each was compared by itself; tested all at once, {sum(each.stands for each in apart)} are told apart."
 
 
 def comparison_cells(compared: Comparison) -> list[str]:
@@ -188,10 +207,10 @@ def comparison_cells(compared: Comparison) -> list[str]:
     row, other, p = compared.row, compared.other, compared.p
     values = [(key.replace("_", " "), ours, theirs) for key, ours, theirs in differing(row, other)]
     many = len(values) > 3  # the legend has them
-    changes = join([key if many else f"{key} {_shown(ours)} instead of {_shown(theirs)}" for key, ours, theirs in values])
+    differs = join([key if many else f"{key} {_shown(ours)} instead of {_shown(theirs)}" for key, ours, theirs in values])
     interval = " to ".join(signed(limit) for limit in compared.interval) if compared.interval else "–"
     shown = "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
-    return [row.name, other.name, changes or "nothing but the name", signed(compared.gain), interval, shown, compared.told]
+    return [row.name, other.name, differs or "nothing but the name", signed(compared.gain), interval, shown, compared.told]
 
 
 def _shown(value: Any) -> str:
@@ -232,10 +251,13 @@ def limits(rows: Sequence[Row], compared: Sequence[Comparison], data: str) -> li
         said.append("No test images: epochs, settings and temperatures were chosen by the same images; expect less of others.")
     if single:
         said.append(f"Only one seed of {named(single)}: how far another one would end from it is not known.")
-    for key, what in (("precision", "precision"), ("world_size", "number of processes")):
-        found = sorted({str(run.environment[key]) for row in rows for run in row.done if key in run.environment})
-        if len(found) > 1:
-            said.append(f"Not all runs had the same {what} ({join(found)}; see the last section): differences contain that.")
+    sizes = sorted({str(run.environment["world_size"]) for row in rows for run in row.done if "world_size" in run.environment})
+    if len(sizes) > 1:
+        said.append(f"Not all runs had as many processes ({join(sizes)}; see the last section): differences contain that.")
+    mixed = [each for each in compared if each.row.precision != each.other.precision and changes(each.row, each.other)]
+    if mixed:
+        pairs = named([f"{each.row.name} against {each.other.name}" for each in mixed], "comparisons")
+        said.append(f"Not all was computed in the same precision: the differences of {pairs} contain that.")
     if any(each.p is not None for each in compared):
         said.append(
             "An interval that includes 0 does not show that there is no difference. Where both sides have several seeds, the "
@@ -258,11 +280,13 @@ def notes(
     data: str,
 ) -> dict[str, str]:
     """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
-    lines = objective = enlarged = seeds = once = ""
+    lines = objective = enlarged = seeds = once = split = ""
+    if any(len({run.environment.get("training_sha256") for run in row.runs}) > 1 for row in rows):
+        split = "Each seed holds out other images, the same ones in every setting: bands and ± of validation contain that. "
     if any(len(row.runs) > 1 for row in rows):
         lines = (
             "Lines are means over the seeds, drawn as far as all seeds of a setting ran; bands reach from the lowest to the "
-            "highest seed. "
+            f"highest seed. {split}"
         )
     if any(row.setting.label_smoothing or "mixup" in row.setting.augmentation for row in rows):
         objective = (
@@ -283,7 +307,10 @@ def notes(
             "5 %); by itself only: of twenty such tests of equal settings one is expected to say so; or no. "
         )
     if any(each.single for each in compared):
-        once = "With one seed on a side the interval is of the choice of test images alone: another seed may end outside it. "
+        once = (
+            "With one seed on a side the interval is of the choice of test images alone, as if each side had classified other "
+            "ones (that they were the same makes it too wide); another seed may end outside it. "
+        )
     alike = [
         f" {first.name} also stands for {join([row.name for row in more])}: nowhere apart by more than a factor of {ALIKE}."
         for first, *more in groups
@@ -295,6 +322,8 @@ def notes(
         "detail that the copy has lost; the two must not be set side by side."
     )
     name = baseline.name if baseline else ""
+    twins = sorted({each.other.name for each in compared if each.main} - {name})
+    alone = f", or with {join(twins, 'or')} where a setting was computed in that precision" if twins else ""
     return {
         "jpeg": jpeg if data.startswith("CIFAR-10 (JPEG") else "",
         "overview": "The number beside a name is the validation accuracy of the kept weights, measured again in float32: it "
@@ -302,18 +331,22 @@ def notes(
         "curves": f"{lines}{objective}A dot is the epoch whose weights were kept. All this was measured while training, in the "
         "run's own precision. The learning rate, below, stands on a logarithmic axis where it falls in steps.",
         "panels": f"Each setting in a panel of its own{f', {baseline.name} in grey' if baseline else ''}: means over the "
-        "seeds, bands from the lowest to the highest. The number is the validation accuracy of the kept "
+        f"seeds, bands from the lowest to the highest. {split}The number is the validation accuracy of the kept "
         f"weights{unfinished}.",
         "nothing": "There is nothing to compare yet: no two settings are finished and tested.",
         "comparisons": f"Points: the difference in test accuracy. The first comparisons are with {name}, which the others vary "
-        f"(option --baseline). {seeds}{once}Where several things differ, a comparison does not tell which of them did it.",
+        f"(option --baseline){alone}. {seeds}{once}Where several things differ, a comparison does not tell which of them "
+        "did it.",
         "signals": "How signals pass through the networks before the first step: the root mean square of what each block gives "
         "for one batch of training images, and of the loss's gradient there, both logarithmic, one seed each. A "
         f"straight slope is the same factor in every block.{''.join(alike)}",
         "mistakes": "Each with its true class, the class it was taken for, and the probability given to that.",
         "classes": "Accuracy of a class: the share of its images that were classified correctly. Precision: of the images "
         "given this name, the share that deserved it. Both are means over the seeds, where a setting has several.",
-        "differences": f"Mean difference in test accuracy against {name} with its 95 % interval "
+        "calibration": "Calibration error: how far, on average, the stated confidence is from the share that is right. Scaled: "
+        "with the logits, of which the probabilities are made, divided by the temperature, which validation images gave. All "
+        "are means over the seeds.",
+        "differences": f"Mean difference in test accuracy against {name}{alone}, with its 95 % interval "
         "(Welch). Filled blue: the seeds tell the two apart, also when all comparisons are tested at once; "
         "hollow: by itself only; grey: they cannot. Settings with one seed stand in the table alone. The axis is "
         "logarithmic beyond 2 points.",

@@ -107,9 +107,9 @@ def line_of(number: int) -> tuple[str, Any]:
     return LINES[place][0], LINES[(place + again) % len(LINES)][1]
 
 
-def plot_curves(axes: Any, curves: NDArray[Any], line: tuple[str, Any]) -> None:
+def plot_curves(axes: Any, curves: NDArray[Any], line: tuple[str, Any], first: float = 1) -> None:
     """Plot the mean of [runs, epochs] and, from two runs on, the band from the lowest to the highest."""
-    epochs = np.arange(1, curves.shape[1] + 1)
+    epochs = np.arange(curves.shape[1]) + first
     alone = {"marker": "o", "clip_on": False} if len(epochs) == 1 else {}
     axes.plot(epochs, curves.mean(0), color=line[0], linestyle=line[1], **alone)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -164,8 +164,9 @@ def plot_all(rows: Sequence[Row], *, enlarged: bool) -> Picture:
             if enlarged:
                 window = max(1, len(mean) // 20)
                 axes.plot(np.arange(1, len(mean) + 1), mean, color=line[0], alpha=0.3, linewidth=0.7)
-                mean = np.convolve(mean, np.ones(window) / window, "valid")
-                axes.plot(np.arange(len(mean)) + (window + 1) / 2, mean, color=line[0], linestyle=line[1])
+                smooth = [np.convolve(each, np.ones(window) / window, "valid") for each in curves]
+                plot_curves(axes, np.stack(smooth), line, (window + 1) / 2)
+                mean = np.mean(smooth, 0)
             else:
                 plot_curves(axes, curves, line)
             mark_kept(axes, row, line[0])

@@ -27,7 +27,7 @@ from .infer import Classifier
 from .photo import read_photo, views
 from .plots import INK, Picture, raster
 from .progress import progress
-from .results import FEW, Row, Run, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
+from .results import FEW, Row, baseline_of, best_of, comparisons, equal_to, join, networks, read_rows
 from .settings import slug
 
 SOURCES = (
@@ -50,20 +50,24 @@ SOURCES = (
 )
 
 
+CALIBRATION = (  # column, metric, digits after the point
+    ("Calibration error (points)", "calibration_error", 1),
+    ("scaled", "calibration_error_scaled", 1),
+    ("Log-loss (nats)", "negative_log_likelihood", 3),
+    ("scaled", "negative_log_likelihood_scaled", 3),
+    ("Temperature", "temperature", 2),
+)
+
+
 def top_of(rows: Sequence[Row]) -> list[Row]:
     """Choose the finished rows within ten points of the best, whose curves are worth a closer look."""
     highest = [(row, float(row.curves("validation_accuracy").mean(0).max())) for row in rows if row.done]
     return [row for row, value in highest if value > max(value for _, value in highest) - 10]
 
 
-def best_run(best: Row) -> Run:
-    """Choose the run of the best setting with the best validation accuracy."""
-    return max(best.done, key=lambda run: (run.result["validation"] or {"accuracy": 0})["accuracy"])
-
-
 def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     """Show the best setting: its classes beside those of the others, confusion and calibration; None without an evaluation."""
-    run = best_run(best)
+    run = best.done[0]  # seeds hold out other images, so that the best one there is no better than another
     split = "test" if run.result["test"] else "validation"
     m = run.result[split]
     if not m:
@@ -84,27 +88,18 @@ def best_section(best: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     pairs = [f"{names[i]} taken for {names[j]} ({-count} of {sum(counts[i]):,})" for count, i, j in top]
     found = f"Most often confused: {join(pairs)}." if pairs else "No image was taken for another class."
     found = "No two classes were confused more often than others." if wrong and not top else found
-    text = (
-        f"On average the stated confidence is {m['calibration_error']:.1f} points from the share that is right (expected "
-        f"calibration error), and the log-loss is {m['negative_log_likelihood']:.3f}"
-    )
-    worse = ", which is worse" if m["negative_log_likelihood_scaled"] > m["negative_log_likelihood"] else ""
-    text += (
-        f"; dividing the logits, of which the probabilities are made, by the temperature {m['temperature']:.2f}, found on "
-        f"{'validation' if split == 'test' else 'these same'} images, brings that to "
-        f"{m['calibration_error_scaled']:.1f} points and {m['negative_log_likelihood_scaled']:.3f}{worse}."
-        if run.result["validation"]
-        else "."
-    )
-    chosen = len(best.done) > 1 and run.result["validation"]
-    which = f", of its {len(best.done)} the best on validation images" if chosen else ""
+    calibrated = [
+        (row, [f"{np.mean([each[key] for each in row.measured(split)]):.{digits}f}" for _, key, digits in CALIBRATION])
+        for row in shown
+    ]
     return {
         "name": best.name,
         "shown": shown,
         "classes": classes,
         "heading": f"Class, {split} images" if other_sizes else f"Class, {first:,} {split} images each",
-        "text": f"Its run with seed {run.seed}{which}, on the {m['n']:,} {split} images. {found}",
-        "calibration": text,
+        "text": f"Its run with seed {run.seed}, on the {m['n']:,} {split} images. {found}",
+        "calibration_columns": ["Setting", *(column for column, *_ in CALIBRATION)],
+        "calibration": calibrated,
         "confusion": plots.plot_confusion(m, split),
         "mistakes_picture": contact_sheet(m["mistakes"]) if m.get("mistakes") else None,
     }
@@ -140,7 +135,7 @@ def classified(photos: Sequence[Path], photo_model: str | Path | None, best: Row
     if photo_model:
         model, by = photo_model, f"the model {portable(photo_model)}"
     elif best:
-        model, by = best_run(best).folder, best.name
+        model, by = best.done[0].folder, best.name
     else:
         raise ValueError("--photo: no run is the best one, to classify photos; name a model with --photo-model")
     entries = []
@@ -203,7 +198,7 @@ def report(
     rivals = sum(bool(row.accuracies("validation")) for row in rows) - 1
     badge = best if best and rivals > 0 and not equal_to(best, rows) else None  # alone, or one of two, it is no best one
     compared = comparisons(rows, baseline, best)
-    changes = [each for each in compared if each.other is baseline and each.p is not None]
+    changes = [each for each in compared if each.main and each.p is not None]
     detail = best_section(best, rows) if best else None
     shown, photo_note = classified(photos, photo_model, best)
     started = [row for row in rows if row.curves("lr").size]
@@ -224,7 +219,7 @@ def report(
     content: dict[str, Any] = {
         "title": title,
         "data": data,
-        "answer": findings.answer(rows, best, data, goal),
+        "answer": findings.answer(rows, best, compared, data, goal),
         "best": badge,
         "detail": detail,
         "columns": list(findings.cells(rows[0])),

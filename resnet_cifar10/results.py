@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,11 @@ class Row:
     def framework(self) -> str:
         """What its runs were trained with."""
         return self.runs[0].framework
+
+    @property
+    def precision(self) -> str:
+        """What its finished runs were computed in; where that is not known, what the setting says."""
+        return join(sorted({run.environment.get("precision", self.setting.precision) for run in self.done})) or "auto"
 
     def measured(self, split: str, seeds: Collection[int] = ()) -> list[dict[str, Any]]:
         """The metrics of each finished run (of these seeds, if any are named) that had such a split."""
@@ -261,16 +265,23 @@ def equal_to(best: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def differing(a: Row, b: Row) -> list[tuple[str, Any, Any]]:
-    """List the keys in which two rows differ, each with the values of both."""
-    ours, theirs = (row.setting.model_dump(exclude={"name"}) | {"framework": row.framework} for row in (a, b))
+    """List the keys in which two rows differ, each with the values of both; the precision is the one they were computed in."""
+    ours, theirs = (
+        row.setting.model_dump(exclude={"name"}) | {"framework": row.framework, "precision": row.precision} for row in (a, b)
+    )
     return [(key, ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]]
+
+
+def changes(a: Row, b: Row) -> int:
+    """Count the keys in which two rows differ, but for the precision, which the processor may have chosen."""
+    return sum(key != "precision" for key, *_ in differing(a, b))
 
 
 def baseline_of(rows: Sequence[Row]) -> Row | None:
     """Find the row that the others vary: the one from which they differ in the fewest keys, of equal ones the most usual."""
 
     def rank(row: Row) -> tuple[int, int]:
-        return sum(len(differing(row, other)) for other in rows), len(row.setting.model_dump(exclude_defaults=True))
+        return sum(changes(row, other) for other in rows), len(row.setting.model_dump(exclude_defaults=True))
 
     return min(rows, key=rank, default=None)
 
@@ -285,6 +296,7 @@ class Comparison:
     interval: tuple[float, float] | None = None  # 95 %; None where the seeds of neither vary
     p: float | None = None  # of Welch's test; None without two seeds of each: the interval is of the choice of test images
     stands: bool = False  # p is below 5 % also if all comparisons are tested at once
+    main: bool = False  # against the baseline, or against it in the row's own precision
 
     @property
     def single(self) -> list[str]:
@@ -299,10 +311,10 @@ class Comparison:
         return "yes" if self.stands else "by itself only" if self.p < 0.05 else "no"
 
 
-def compare(row: Row, other: Row) -> Comparison:
+def compare(row: Row, other: Row, main: bool = False) -> Comparison:
     """Compare two rows that were both tested."""
     a, b = row.accuracies("test"), other.accuracies("test")
-    compared = Comparison(row, other, float(np.mean(a) - np.mean(b)))
+    compared = Comparison(row, other, float(np.mean(a) - np.mean(b)), main=main)
     if tested := welch(a, b):
         compared.p, compared.interval = tested[0], tested[1:]
     elif compared.single:
@@ -316,26 +328,32 @@ def compare(row: Row, other: Row) -> Comparison:
 def comparisons(rows: Sequence[Row], baseline: Row | None, best: Row | None) -> list[Comparison]:
     """Compare tested rows: each with the baseline and those that it repeats with one more change, of few the best with each.
 
+    A row that was computed in another precision than the baseline is compared with the baseline in that, if there is one.
     Which ones stand the test of all at once is by Holm's correction, 5 % (Holm 1979).
     """
-    if baseline is None:
+    if baseline is None or not baseline.accuracies("test"):
         return []
     tested_rows = [row for row in rows if row.accuracies("test")]
-    changes = {row.number: len(differing(row, baseline)) for row in tested_rows}
+    count = {row.number: changes(row, baseline) for row in tested_rows}
+    same = {row.precision: row for row in tested_rows if not count[row.number]} | {baseline.precision: baseline}
     chosen = best if len(rows) <= FEW else None
 
     def worth(row: Row, other: Row) -> bool:
-        one_more_change = 0 < changes[other.number] < changes[row.number] and len(differing(row, other)) == 1
-        return other is baseline or row is chosen or (other is not chosen and one_more_change)
+        one_more_change = 0 < count[other.number] < count[row.number] and changes(row, other) == 1
+        return row is chosen or (other is not chosen and one_more_change)
 
-    pairs = [(row, other) for row, other in permutations(tested_rows, 2) if row is not baseline and worth(row, other)]
-    found = [compare(row, other) for row, other in pairs]
+    found = []
+    for row in (row for row in tested_rows if row is not baseline):
+        main = same.get(row.precision, baseline) if count[row.number] else baseline
+        found += [compare(row, main, main=True)]
+        others = [other for other in tested_rows if other.number not in (row.number, main.number, baseline.number)]
+        found += [compare(row, other) for other in others if worth(row, other)]
     tested = sorted((each.p, i) for i, each in enumerate(found) if each.p is not None)
     for rank, (p, i) in enumerate(tested):
         if p * (len(tested) - rank) >= 0.05:
             break  # nor does any less sure one stand
         found[i].stands = True
-    return sorted(found, key=lambda each: (each.other is not baseline, -each.gain))
+    return sorted(found, key=lambda each: (not each.main, -each.gain))
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -306,11 +306,8 @@ def test_the_best_is_chosen_by_validation_and_its_numbers_are_told(out: Path) ->
     ) in text
     assert "Setting #3 has the highest test accuracy, but the choice is made by validation" in text
     assert "Most often confused: cat taken for dog (79 of 1,000)." in text  # the other pairs are as many among themselves
-    assert (
-        "is 4.2 points from the share that is right" in text
-        and "temperature 1.50" in text
-        and "brings that to 0.7 points" in text
-    )
+    assert "| Setting | Calibration error (points) | scaled | Log-loss (nats) | scaled | Temperature |" in text
+    assert "| Setting #2 | 4.2 | 0.7 | 0.300 | 0.250 | 1.50 |" in text
 
 
 def comparisons(text: str) -> dict[tuple[str, str], list[str]]:
@@ -831,7 +828,7 @@ def test_settings_whose_seeds_overlap_are_not_told_apart(tmp_path: Path) -> None
             write_run(tmp_path / "study", setting, seed, value, validation=value)
     text = report([tmp_path / "study"], tmp_path / "out").with_suffix(".md").read_text()
     assert "The seeds cannot tell its test accuracy from that of Setting #1." in text
-    assert "Its run with seed 1, of its 2 the best on validation images, on the 10,000 test images." in text
+    assert "Its run with seed 0, on the 10,000 test images." in text  # the other one's validation images may be easier
 
 
 def test_many_comparisons_are_counted_against_each_other(tmp_path: Path) -> None:
@@ -873,7 +870,50 @@ def test_runs_that_were_not_computed_alike_are_a_limit(tmp_path: Path) -> None:
         write_json(folder / "environment.json", environment | facts | {"precision": "float32"})
     text = report([tmp_path / "runs"], tmp_path / "out").with_suffix(".md").read_text()
     limits = text.partition("## What these runs cannot show")[2]
-    assert "Not all runs had the same number of processes (1 and 2; " in limits and "same precision" not in limits
+    assert "Not all runs had as many processes (1 and 2; " in limits and "same precision" not in limits
+
+
+def computed_in(precision: str, folder: Path) -> None:
+    """Note another precision in the folder of a run."""
+    environment = json.loads((folder / "environment.json").read_text())
+    write_json(folder / "environment.json", environment | {"precision": precision})
+
+
+def test_a_setting_is_compared_with_the_baseline_in_its_own_precision(tmp_path: Path) -> None:
+    rows = {
+        "Base": {},
+        "Base, exact": {"precision": "float32"},
+        "Slow": {"lr": 0.01},
+        "Bare": {"lr": 0.01, "weight_decay": 0.0},
+    }
+    for name, changed in rows.items():
+        folder = write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changed}), 0, 90.0)
+        computed_in("bfloat16" if name in ("Base", "Slow") else "float32", folder)
+    text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Base").with_suffix(".md").read_text()
+    assert {pair: found[0] for pair, found in comparisons(text).items()} == {
+        ("Base, exact", "Base"): "precision float32 instead of bfloat16",
+        ("Slow", "Base"): "lr 0.01 instead of 0.1",
+        ("Bare", "Base, exact"): "lr 0.01 instead of 0.1 and weight decay 0.0 instead of 0.0001",
+        ("Bare", "Slow"): "weight decay 0.0 instead of 0.0001 and precision float32 instead of bfloat16",
+    }
+    assert "or with Base, exact where a setting was computed in that precision" in text
+    assert "not all was computed in the same precision: the differences of bare against slow contain that." in text.lower()
+
+
+def test_of_many_settings_the_answer_says_which_differ_from_the_baseline(tmp_path: Path) -> None:
+    gains = {"Base": 0.0, "Up": 3.0, "Far": -20.0, **{f"Like {n}": 0.1 * n for n in range(1, 6)}}
+    for number, (name, gain) in enumerate(gains.items()):
+        for seed, more in enumerate((-0.5, 0.0, 0.6)):
+            row = ONE.model_copy(update={"name": name, "lr": 0.1 + 0.1 * number})
+            folder = write_run(tmp_path / "study", row, seed, 70.0 + gain + more)
+            environment = json.loads((folder / "environment.json").read_text())
+            write_json(folder / "environment.json", environment | {"training_sha256": str(seed)})
+    text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Base").with_suffix(".md").read_text()
+    assert (
+        " The seeds tell 2 of 7 settings from Base. Higher, in points of test accuracy: Up (+3.0). Lower, in points of test "
+        "accuracy: Far (−20.0). Each was compared by itself; tested all at once, 2 are told apart.**"
+    ) in text
+    assert "Each seed holds out other images, the same ones in every setting" in text
 
 
 def test_seeds_that_patience_ended_at_different_epochs_are_one_row(tmp_path: Path) -> None:
@@ -945,6 +985,16 @@ def test_curves_count_epochs_from_one_and_the_dot_is_at_the_kept_one(tmp_path: P
     assert drawn[:3] == [(epochs, [95] * 6), (epochs, [50, 70, 80, 85, 91, 89]), ([5], [91])]
     heights = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
     assert heights["training"] > heights["validation"]
+
+
+def test_the_enlarged_plot_has_the_band_of_the_seeds(tmp_path: Path, painted: list[Any]) -> None:
+    for seed, validation in enumerate((90.0, 93.0)):
+        write_run(tmp_path, ONE, seed, 90.0, validation)
+    plots.plot_all(read_rows([tmp_path]), enlarged=True)
+    painted[0](figure := Figure())
+    (band,) = figure.axes[0].collections
+    heights = {round(float(y), 6) for x, y in band.get_paths()[0].vertices if x == 5}
+    assert heights == {90.0, 93.0}
 
 
 def test_a_choice_by_unequal_numbers_of_validation_images_is_called_rough(tmp_path: Path) -> None:
