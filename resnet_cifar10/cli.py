@@ -43,6 +43,7 @@ EXTRAS = {  # of pyproject.toml, each with its packages by the names that are im
     "tensorflow": ("tensorflow", "keras"),
     "pytorch": (),  # comes with "train"
 }
+FIGURE_PHOTOS = 120  # pictures that are higher are not shown everywhere
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -134,7 +135,7 @@ def infer(
 ) -> None:
     """Classify photos; needs no PyTorch."""
     from .infer import Classifier
-    from .photo import encoded, read_photo, views
+    from .photo import MAX_BYTES, encoded, read_photo, views
 
     names = _photos(photo)
     taken = {os.path.realpath(name) for name in names}
@@ -143,13 +144,15 @@ def infer(
         if os.path.realpath(file) in taken:
             raise ValueError(f"--figure, --explain: found {printable(str(file))} twice; allowed: a file that is nothing else")
         taken.add(os.path.realpath(file))
+    if figure and len(names) > FIGURE_PHOTOS:
+        raise ValueError(f"--figure: found {len(names)} photos; allowed: at most {FIGURE_PHOTOS}")
     if explain and len(names) > 1:
         raise ValueError(f"--explain: found {len(names)} photos; allowed: one (--figure draws several)")
     classifier = Classifier(model)
     answers, pictures = [], []
     for name in progress(names, "photos") if as_json else names:  # else each photo's line tells it
         try:
-            given = sys.stdin.buffer.read() if name == "-" and sys.stdin else b""  # None: closed by the shell
+            given = sys.stdin.buffer.read(MAX_BYTES + 1) if name == "-" and sys.stdin else b""  # None: closed by the shell
             image = read_photo(BytesIO(given) if name == "-" else name)
         except ValueError as error:  # the other photos still count
             print(f"error: {printable(str(error))}", file=sys.stderr)
@@ -220,6 +223,8 @@ def report(
     if archive:
         check_file(archive, ".zip")
     photos = [Path(name) for name in _photos(photo or [])]
+    if len(photos) > FIGURE_PHOTOS:
+        raise ValueError(f"--photo: found {len(photos)} photos; allowed: at most {FIGURE_PHOTOS}")
     print(f"report: {write_report(runs, out, photos, photo_model, words, baseline, goal)}")
     if archive:
         pack(archive, out, Path(__file__).resolve().parent.parent)

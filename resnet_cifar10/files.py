@@ -133,5 +133,5 @@ def check_file(path: Path, suffix: str) -> None:
 
     """
     if path.suffix.lower() != suffix or path.is_dir():
-        raise ValueError(f"{path}: allowed: a file name that ends in {suffix}")
+        raise ValueError(f"{path}: {'is a folder; ' * path.is_dir()}allowed: a file name that ends in {suffix}")
     check_writable(path.parent)

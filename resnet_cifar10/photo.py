@@ -6,20 +6,23 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import one_line
 from .infer import SIZE
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_BYTES = 1_000_000_000  # of a file
 MAX_SCANNED_PIXELS = 2_000_000_000  # of all scans of a JPEG: seconds
 MARKER = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd8\xff]")  # of a segment of a JPEG, with its length behind it
+STARTS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")  # of files of the FORMATS
 APPLE = (b"ftyphe", b"ftypmif1", b"ftypavi")  # of the files that iPhones write, and of the like
 NEUTRAL = (127, 127, 127)  # what shows through the transparent parts of a photo
 
@@ -32,7 +35,10 @@ def read_photo(file: str | Path | io.BytesIO, name: str = "standard input") -> I
 
     """
     file = Path(file) if isinstance(file, str) else file
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB, all that a PNG may say of itself
     try:
+        if (size := file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes) > MAX_BYTES:
+            raise ValueError(f"found {size:,} bytes or more; allowed: at most {MAX_BYTES:,}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # odd metadata of a photo is not our user's concern
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -41,19 +47,40 @@ def read_photo(file: str | Path | io.BytesIO, name: str = "standard input") -> I
                 scanned = image.format in ("JPEG", "MPO")  # MPO: a JPEG with more pictures behind it, as phones write
                 if scanned and _scans(file) * image.width * image.height > MAX_SCANNED_PIXELS:
                     raise ValueError("more scans than any camera writes")
-                image.draft("RGB", (16 * SIZE, 16 * SIZE))  # JPEG: decode at a fraction of the size where that is enough
+                _check_tiff(getattr(image, "tag_v2", {}))
+                fractions = [n for n in (8, 4, 2) if min(image.size) >= 16 * SIZE * n and not any(x % n for x in image.size)]
+                if fractions:  # JPEG: decode at a fraction of the size where that is enough and leaves no rest at an edge
+                    image.draft("RGB", (image.width // fractions[0], image.height // fractions[0]))
                 image.load()
                 return _upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-            reason = f"too large; allowed: at most {Image.MAX_IMAGE_PIXELS:,} pixels"
+            found = re.search(r"\d+", reason)
+            reason = f"too large: found {int(found[0] if found else 0):,} pixels; allowed: at most {Image.MAX_IMAGE_PIXELS:,}"
+        elif isinstance(error, MemoryError):
+            reason = "too large for the memory of this machine"
         elif isinstance(error, UnidentifiedImageError):
             with open(file, "rb") if isinstance(file, Path) else io.BytesIO(file.getbuffer()) as content:
                 start = content.read(12)
-            kind = "HEIC or AVIF" if start[4:].startswith(APPLE) else "not an image" if start else "empty"
+            kind = "not an image" if start else "empty"
+            kind = "damaged, or of a kind that is not read" if start.startswith(STARTS) else kind
+            kind = "HEIC or AVIF" if start[4:].startswith(APPLE) else kind
             reason = f"{kind}; allowed: {', '.join(FORMATS)}"
+        elif not isinstance(error, ValueError) and not getattr(error, "strerror", None):
+            reason = f"damaged: {reason}"
         raise ValueError(f"{file if isinstance(file, Path) else name}: {one_line(reason)}") from None
+
+
+def _check_tiff(tags: Mapping[int, Any]) -> None:
+    """Refuse what a TIFF can hold beyond its size in pixels, and what Pillow reads wrongly."""
+    known = ExifTags.Base
+    tile = tags.get(known.TileWidth, 0) * tags.get(known.TileLength, 0)
+    if tile > (Image.MAX_IMAGE_PIXELS or 0):
+        raise Image.DecompressionBombError(f"{tile} in a tile")
+    in_planes = tags.get(known.PlanarConfiguration) == 2 and tags.get(known.Compression, 1) == 1
+    if in_planes and 16 in tags.get(known.BitsPerSample, ()):
+        raise ValueError("found 16 bits in a plane for each colour; allowed there: compressed, or 8 bits")
 
 
 def _scans(jpeg: Path | io.BytesIO) -> int:

@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import multiprocessing
-import os
 import platform
 import signal
 import socket
@@ -355,7 +354,7 @@ def serve(model: str, host: str, port: int) -> None:
         listener = socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # asyncio forgets it here: 40 ms an answer
     except (OSError, UnicodeError) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         raise ValueError(f"--host, --port: found {host}, {port}: {reason}; allowed: free ones of this machine") from None
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a bad form is its client's concern
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # by which uvicorn ends, and then raises it again

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from conftest import COLOURS, CONFIG, ROOT, run
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from resnet_cifar10.data import Split
 from resnet_cifar10.export import describe
@@ -338,6 +340,62 @@ def test_a_picture_of_too_many_scans_is_refused(tmp_path: Path, monkeypatch: pyt
         read_photo(file)
 
 
+def tiff(width: int, height: int, bits: int, planes: list[bytes], *, compressed: bool, tile: int = 0) -> io.BytesIO:
+    """Write a TIFF with a plane for each colour, each in one strip or tile; Pillow does not."""
+    planes = [zlib.compress(plane) if compressed else plane for plane in planes]
+    count, (place, length) = len(planes), (324, 325) if tile else (273, 279)
+    tags = {256: [width], 257: [height], 258: [bits] * count, 259: [8 if compressed else 1], 262: [2 if count == 3 else 1]}
+    tags |= {277: [count], 284: [2], place: [0] * count, length: [len(plane) for plane in planes]}
+    tags |= {322: [tile], 323: [tile]} if tile else {278: [height]}
+    behind = 14 + 12 * len(tags)  # the entries: lists of numbers, then the pixels
+    start = behind + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
+    tags[place] = [start + sum(map(len, planes[:i])) for i in range(count)]
+    entries = lists = b""
+    for tag, numbers in sorted(tags.items()):
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        entries += struct.pack("<HHI", tag, 4, len(numbers))
+        entries += struct.pack("<I", behind + len(lists)) if len(numbers) > 1 else packed
+        lists += packed if len(numbers) > 1 else b""
+    return io.BytesIO(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + lists + b"".join(planes))
+
+
+def test_planes_of_sixteen_bits_are_read_rightly_or_not_at_all(photo: Image.Image) -> None:
+    pixels = np.asarray(photo)
+    wide = pixels.astype("<u2") * 257
+
+    def in_planes(values: np.ndarray[Any, Any], *, compressed: bool) -> io.BytesIO:
+        planes = [values[..., i].tobytes() for i in range(3)]
+        return tiff(*photo.size, 8 * values.itemsize, planes, compressed=compressed)
+
+    for values, compressed in ((pixels, False), (pixels, True), (wide, True)):
+        assert np.array_equal(np.asarray(read_photo(in_planes(values, compressed=compressed))), pixels)
+    with pytest.raises(ValueError, match="found 16 bits in a plane for each colour; allowed there: compressed, or 8 bits"):
+        read_photo(in_planes(wide, compressed=False))
+
+
+def test_the_tiles_of_a_picture_are_no_larger_than_a_picture_may_be() -> None:
+    def tiled(side: int) -> io.BytesIO:
+        return tiff(64, 64, 8, [bytes(64 * 64)], compressed=True, tile=side)
+
+    assert read_photo(tiled(64)).size == (64, 64)
+    with pytest.raises(ValueError, match="too large: found 2,116,000,000 pixels; allowed: at most 89,478,485"):
+        read_photo(tiled(46_000))
+
+
+@pytest.mark.parametrize("size", [(1031, 1101), (2048, 1536)])
+def test_a_large_jpeg_is_decoded_small_only_where_that_loses_no_edge(size: tuple[int, int]) -> None:
+    noise = Image.effect_noise((40, 30), 90).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+    read = read_photo(io.BytesIO(encoded(noise, "JPEG", quality=95)))
+    assert read.size == (size if size[0] % 2 else (1024, 768))
+    assert np.abs(views(read).astype(int) - views(noise)).max() <= 5
+
+
+def test_a_png_may_say_a_lot_of_itself(photo: Image.Image) -> None:
+    said = PngInfo()
+    said.add_itxt("XML:com.adobe.xmp", " " * 2_000_000, zip=True)
+    assert read_photo(saved(photo, "PNG", pnginfo=said)).size == photo.size
+
+
 def test_what_stands_behind_a_picture_is_none_of_its_scans(photo: Image.Image) -> None:
     film = b"\xff\xda" * 1_000_000
     assert read_photo(io.BytesIO(encoded(photo, "JPEG", progressive=True) + film)).size == photo.size
@@ -362,7 +420,8 @@ def test_no_scan_is_hidden_in_what_a_decoder_skips(photo: Image.Image) -> None:
         ("folder.png/", None, "holds no photo"),
         ("truncated.png", saved(Image.effect_noise((99, 99), 50), "PNG").getvalue()[:900], "truncated"),
         ("truncated.jpg", saved(Image.effect_noise((99, 99), 50), "JPEG").getvalue()[:900], "truncated"),
-        ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", ""),
+        ("none.gif", b"GIF89a\x10\x00\x10\x00\x00\x00\x00;", "damaged, or of a kind that is not read; allowed: JPEG"),
+        ("cut.webp", saved(Image.effect_noise((99, 99), 50), "WEBP").getvalue()[:60], "damaged"),
         ("loop.jpg", Path("loop.jpg"), "symbolic links"),
     ],
 )
@@ -431,6 +490,8 @@ def test_explain_draws_over_the_one_photo(model: Path, photo: Image.Image, tmp_p
     status, output, errors = cli("infer", tmp_path, "--model", model, "--explain", tmp_path / "b.png")
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert "--explain: found 2 photos; allowed: one" in errors
+    status, _, errors = cli("infer", *["a.jpg"] * 121, "--figure", "f.png")
+    assert status == 2 and "--figure: found 121 photos; allowed: at most 120" in errors
     for option in ("--explain", "--figure"):
         status, _, errors = cli("infer", tmp_path / "a.png", "--model", model, option, tmp_path / "a.png" / "b.png")
         assert (status, errors.count("\n")) == (2, 1)
@@ -580,7 +641,7 @@ main()"""
     command = [sys.executable, "-c", code, "infer", tmp_path / "bomb.png", "--model", model]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "bomb.png: too large; allowed: at most 89,478,485 pixels" in done.stderr
+    assert "bomb.png: too large: found 3,600,000,000 pixels; allowed: at most 89,478,485" in done.stderr
     assert int(done.stdout) <= 300_000  # kilobytes at its peak
 
 
