@@ -281,7 +281,7 @@ def notes(
 ) -> dict[str, str]:
     """Write what stands beside the pictures (the enlarged one shows `top`) and tables, for both forms of the report."""
     lines = objective = enlarged = seeds = once = split = ""
-    if any(len({run.environment.get("training_sha256") for run in row.runs}) > 1 for row in rows):
+    if any(len({str(run.environment.get("training_sha256")) for run in row.runs}) > 1 for row in rows):
         split = "Each seed holds out other images, the same ones in every setting: bands and ± of validation contain that. "
     if any(len(row.runs) > 1 for row in rows):
         lines = (

@@ -70,7 +70,7 @@ class Row:
     @property
     def precision(self) -> str:
         """What its finished runs were computed in; where that is not known, what the setting says."""
-        return join(sorted({run.environment.get("precision", self.setting.precision) for run in self.done})) or "auto"
+        return join(sorted({str(run.environment.get("precision", self.setting.precision)) for run in self.done})) or "auto"
 
     def measured(self, split: str, seeds: Collection[int] = ()) -> list[dict[str, Any]]:
         """The metrics of each finished run (of these seeds, if any are named) that had such a split."""
