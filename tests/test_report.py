@@ -866,17 +866,10 @@ def test_the_best_setting_is_not_that_of_the_luckiest_seed(tmp_path: Path) -> No
 def test_runs_that_were_not_computed_alike_are_a_limit(tmp_path: Path) -> None:
     for seed, facts in enumerate([{"world_size": 1}, {"world_size": 2}, {}]):
         folder = write_run(tmp_path / "runs", ONE, seed, 90 + seed)
-        environment = json.loads((folder / "environment.json").read_text())
-        write_json(folder / "environment.json", environment | facts | {"precision": "float32"})
+        change(folder / "environment.json", **facts, precision="float32")
     text = report([tmp_path / "runs"], tmp_path / "out").with_suffix(".md").read_text()
     limits = text.partition("## What these runs cannot show")[2]
     assert "Not all runs had as many processes (1 and 2; " in limits and "same precision" not in limits
-
-
-def computed_in(precision: str, folder: Path) -> None:
-    """Note another precision in the folder of a run."""
-    environment = json.loads((folder / "environment.json").read_text())
-    write_json(folder / "environment.json", environment | {"precision": precision})
 
 
 def test_a_setting_is_compared_with_the_baseline_in_its_own_precision(tmp_path: Path) -> None:
@@ -888,7 +881,7 @@ def test_a_setting_is_compared_with_the_baseline_in_its_own_precision(tmp_path: 
     }
     for name, changed in rows.items():
         folder = write_run(tmp_path / "study", ONE.model_copy(update={"name": name, **changed}), 0, 90.0)
-        computed_in("bfloat16" if name in ("Base", "Slow") else "float32", folder)
+        change(folder / "environment.json", precision="bfloat16" if name in ("Base", "Slow") else "float32")
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Base").with_suffix(".md").read_text()
     assert {pair: found[0] for pair, found in comparisons(text).items()} == {
         ("Base, exact", "Base"): "precision float32 instead of bfloat16",
@@ -906,8 +899,7 @@ def test_of_many_settings_the_answer_says_which_differ_from_the_baseline(tmp_pat
         for seed, more in enumerate((-0.5, 0.0, 0.6)):
             row = ONE.model_copy(update={"name": name, "lr": 0.1 + 0.1 * number})
             folder = write_run(tmp_path / "study", row, seed, 70.0 + gain + more)
-            environment = json.loads((folder / "environment.json").read_text())
-            write_json(folder / "environment.json", environment | {"training_sha256": str(seed)})
+            change(folder / "environment.json", training_sha256=str(seed))
     text = report([tmp_path / "study"], tmp_path / "out", baseline_name="Base").with_suffix(".md").read_text()
     assert (
         " The seeds tell 2 of 7 settings from Base. Higher, in points of test accuracy: Up (+3.0). Lower, in points of test "
